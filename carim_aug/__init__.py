@@ -1,0 +1,46 @@
+"""Synthetic lung nodules, generated on the fly, for chest X-ray training loops.
+
+    from carim_aug import SyntheticNoduleMix
+    mix = SyntheticNoduleMix.from_pretrained()
+
+Research use; not a medical device.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from carim_aug.guard import SyntheticDataError, assert_real_only
+from carim_aug.hub import NoduleGenerator, WeightsError
+from carim_aug.labels import LabelError, LabelPolicy
+from carim_aug.layouts import ImageError, LayoutError
+from carim_aug.loader import MixLoader
+from carim_aug.mix import SyntheticNoduleMix
+from carim_aug.plan import MixParams, Slot
+from carim_aug.prior import LocationPrior, PriorError
+from carim_aug.ranges import Normalization, RangeError, ValueRange
+from carim_aug.render import WorkerDeviceError
+
+try:
+    __version__ = version("carim-aug")
+except PackageNotFoundError:  # run from a checkout
+    __version__ = "0.0.0"
+
+__all__ = [
+    "ImageError",
+    "LabelError",
+    "LabelPolicy",
+    "LayoutError",
+    "LocationPrior",
+    "MixLoader",
+    "MixParams",
+    "Normalization",
+    "NoduleGenerator",
+    "PriorError",
+    "RangeError",
+    "Slot",
+    "SyntheticDataError",
+    "SyntheticNoduleMix",
+    "ValueRange",
+    "WeightsError",
+    "WorkerDeviceError",
+    "assert_real_only",
+]

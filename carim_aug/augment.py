@@ -1,0 +1,68 @@
+"""Differentiable augmentation of GAN batches: the same change for image and mask (Zhao et al. 2020)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class DiffAugment:
+    """One draw of brightness, contrast, shift, zoom and cut-out for a batch, to be applied at any scale.
+
+    Brightness and contrast leave masks alone; geometry moves image and mask alike. No flips: left and right differ in
+    a chest.
+
+    Attributes:
+        brightness: (B,) added, in units of the [-1, 1] image.
+        contrast: (B,) factor about the image's mean.
+        theta: (B, 2, 3) affine maps as `torch.nn.functional.affine_grid` takes them.
+        cutout: (B, 4) box (x1, y1, x2, y2) in [0, 1] that is set to 0.
+    """
+
+    brightness: Tensor
+    contrast: Tensor
+    theta: Tensor
+    cutout: Tensor
+
+    @classmethod
+    def draw(cls, n: int, *, generator: torch.Generator, shift: float = 0.125, cutout: float = 0.3) -> "DiffAugment":
+        """Draws for a batch.
+
+        Args:
+            n: batch size.
+            generator: the random stream, on CPU.
+            shift: largest shift as a part of the side.
+            cutout: side of the square that is cut out, as a part of the side.
+        """
+        u = torch.rand((7, n), generator=generator)
+        zoom = 1 + (u[2] - 0.5) * 0.2
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = zoom
+        theta[:, 0, 2] = (u[3] * 2 - 1) * 2 * shift
+        theta[:, 1, 2] = (u[4] * 2 - 1) * 2 * shift
+        x, y = u[5] * (1 + cutout) - cutout, u[6] * (1 + cutout) - cutout
+        box = torch.stack([x, y, x + cutout, y + cutout], dim=1)
+        return cls((u[0] - 0.5) * 0.6, 0.7 + 0.6 * u[1], theta, box)
+
+    def to(self, device: torch.device | str) -> "DiffAugment":
+        """Gives the same draw on another device."""
+        return DiffAugment(*(t.to(device) for t in (self.brightness, self.contrast, self.theta, self.cutout)))
+
+    def geometry(self, images: Tensor) -> Tensor:
+        """Moves and cuts images or masks (B, C, H, W); what comes in from outside is the border's value."""
+        n, _, height, width = images.shape
+        grid = F.affine_grid(self.theta, [n, 1, height, width], align_corners=False)
+        moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        ys = (torch.arange(height, device=images.device) + 0.5) / height
+        xs = (torch.arange(width, device=images.device) + 0.5) / width
+        x1, y1, x2, y2 = self.cutout.T[:, :, None]
+        inside = ((ys >= y1) & (ys < y2))[:, :, None] & ((xs >= x1) & (xs < x2))[:, None, :]
+        return moved * ~inside[:, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Gives images (B, 1, H, W), [-1, 1] before, changed in colour and geometry; gradients pass."""
+        contrast, brightness = (t[:, None, None, None] for t in (self.contrast, self.brightness))
+        mean = images.float().mean(dim=(1, 2, 3), keepdim=True)
+        return self.geometry((images.float() - mean) * contrast + mean + brightness)

@@ -1,0 +1,258 @@
+"""Where the image and the label sit in a sample or a batch: a tuple, a list, a named tuple or a dict.
+
+DESIGN section 2 ("Layouts"). A layout reads one sample's structure once, then takes image and label out of any sample
+of that structure and puts others in, into a new sample whose other entries are the same objects.
+"""
+
+import copy
+from collections import UserDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as PILImage
+from torchvision import tv_tensors
+
+IMAGE_KEYS = ("image", "img", "images", "pixel_values", "x")
+LABEL_KEYS = ("label", "labels", "lab", "target", "targets", "y")
+MIN_SIZE = 16
+"""Height and width in pixels below which an image is none that could hold a nodule."""
+
+
+class LayoutError(TypeError):
+    """A sample in which image and label are not found, or are of a kind that is not supported."""
+
+
+class ImageError(ValueError):
+    """An image, or a batch of them, of a wrong type, rank, dtype, number of channels or size."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of image and label. Make one with ``Layout.of``.
+
+    Attributes:
+        image: key in a dict, index in a tuple or list.
+        label: the same.
+        is_dict: whether samples are dicts.
+    """
+
+    image: Any
+    label: Any
+    is_dict: bool
+
+    @classmethod
+    def of(cls, sample: Any, spec: Any = "auto") -> "Layout":
+        """The layout of an example.
+
+        Args:
+            sample: what a dataset returns for one index, or a batch of that from a DataLoader.
+            spec: ("image key", "label key") of a dict, (image index, label index) of a tuple or list, or "auto". Auto
+                takes the first key of ``IMAGE_KEYS`` and of ``LABEL_KEYS`` that holds an image and a label; in a tuple
+                or list the first ``tv_tensors.Image``, or else the first tensor or array of rank 3 or 4, and the entry
+                after it.
+
+        Returns:
+            The layout.
+
+        Raises:
+            LayoutError: no image or label there; it says what was found and what to pass.
+        """
+        is_dict = isinstance(sample, Mapping)
+        if not is_dict and not isinstance(sample, tuple | list):
+            raise LayoutError(f"samples must be a tuple, list or dict with an image and a label, got {_what(sample)}")
+        if is_dict and not isinstance(sample, dict | UserDict):
+            raise LayoutError(
+                f"samples must be a dict or UserDict if a mapping, got {_what(sample)}: return dict(sample)"
+            )
+        _refuse_detection(sample, sample)
+        if isinstance(spec, str) and spec == "auto":
+            image, label = _in_dict(sample) if is_dict else _in_sequence(sample)
+        elif isinstance(spec, tuple | list) and len(spec) == 2:
+            image, label = spec
+        else:
+            raise LayoutError(f"layout must be 'auto' or a pair (where the image is, where the label is), got {spec!r}")
+        layout = cls(image, label, is_dict)
+        if image == label:
+            raise LayoutError(f"layout must name two places, got {image!r} for image and label")
+        found_image, found_label = layout.get(sample)
+        if not _is_image(found_image):
+            raise _no_image(found_image, sample, f"at {image!r}")
+        _refuse_detection(found_label, sample)
+        if not _is_label(found_label):
+            raise LayoutError(
+                f"the label must be a number or a tensor or array of rank 0 to 2, got {_what(found_label)} "
+                f"at {label!r} of {_what(sample)}: {_advice(is_dict)}"
+            )
+        return layout
+
+    def get(self, sample: Any) -> tuple[Any, Any]:
+        """Image and label of a sample, as they lie there.
+
+        Args:
+            sample: of the structure that this layout was made for.
+
+        Returns:
+            (image, label).
+
+        Raises:
+            LayoutError: the sample is of another structure.
+        """
+        if isinstance(sample, dict | UserDict) != self.is_dict or not isinstance(
+            sample, dict | UserDict | tuple | list
+        ):
+            raise LayoutError(f"samples must be {'dicts' if self.is_dict else 'tuples or lists'}, got {_what(sample)}")
+        try:
+            if self.is_dict and (self.image not in sample or self.label not in sample):
+                raise KeyError  # asking a defaultdict would add the key
+            return sample[self.image], sample[self.label]
+        except (LookupError, TypeError):
+            raise LayoutError(
+                f"samples must have an image at {self.image!r} and a label at {self.label!r}, got {_what(sample)}: "
+                f"{_advice(self.is_dict)}"
+            ) from None
+
+    def put(self, sample: Any, image: Any, label: Any) -> Any:
+        """A new sample of the same structure and types with this image and label, all else the same objects.
+
+        Args:
+            sample: of the structure that this layout was made for. Never changed.
+            image: a tensor or array; it becomes an array where the sample's image is one, and a ``tv_tensors.Image``
+                where that is one. Its dtype and device are left alone.
+            label: put in as it is.
+
+        Returns:
+            A tuple, list, named tuple or dict of the sample's own class.
+
+        Raises:
+            LayoutError: the sample is of another structure.
+        """
+        image = _like(image, self.get(sample)[0])
+        if self.is_dict or isinstance(sample, list):
+            copied = copy.copy(sample)
+            copied[self.image], copied[self.label] = image, label
+            return copied
+        entries = list(sample)
+        entries[self.image], entries[self.label] = image, label
+        make = getattr(type(sample), "_make", type(sample))  # a named tuple's constructor wants its fields one by one
+        return make(entries)
+
+
+def check_images(images: Any, batch: bool, name: str = "images") -> None:
+    """Nothing if these are images that can be mixed.
+
+    Args:
+        images: tensor or array, (B, C, H, W) if batch, else (C, H, W); C 1 or 3; H and W at least 16; uint8, float16,
+            bfloat16, float32 or float64.
+        batch: whether it is a batch.
+        name: what it is called in the error.
+
+    Raises:
+        ImageError: another type, rank, size, number of channels or dtype, or an empty batch.
+    """
+    if not isinstance(images, torch.Tensor | np.ndarray):
+        raise ImageError(f"{name} must be a tensor or an array, got {_what(images)}")
+    shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+    wanted = "(B, C, H, W)" if batch else "(C, H, W)"
+    if len(shape) != 3 + batch:
+        raise ImageError(f"{name} must be {wanted}, got {shape}")
+    if batch and shape[0] == 0:
+        raise ImageError(f"{name} must hold at least one image, got {shape}")
+    if shape[-3] not in (1, 3):
+        last = " (channels come first: permute them)" if shape[-1] in (1, 3) else ""
+        raise ImageError(f"{name} must be {wanted} with 1 or 3 channels, got {shape}{last}")
+    if min(shape[-2:]) < MIN_SIZE:
+        raise ImageError(f"{name} must be at least {MIN_SIZE} pixels high and wide, got {shape}")
+    if dtype not in ("uint8", "float16", "bfloat16", "float32", "float64"):
+        raise ImageError(f"{name} must be uint8 or floating point, got {dtype}")
+
+
+def _in_dict(sample: Any) -> tuple[Any, Any]:
+    images = [key for key in IMAGE_KEYS if key in sample]
+    labels = [key for key in LABEL_KEYS if key in sample]
+    for kind, keys, known in (("an image", images, IMAGE_KEYS), ("a label", labels, LABEL_KEYS)):
+        if not keys:
+            raise LayoutError(
+                f"samples must have {kind} under one of {list(known)}, got {_what(sample)}: {_advice(is_dict=True)}"
+            )
+    image = next((key for key in images if _is_image(sample[key])), images[0])
+    for key in labels:
+        _refuse_detection(sample[key], sample)
+    return image, next((key for key in labels if _is_label(sample[key])), labels[0])
+
+
+def _in_sequence(sample: Any) -> tuple[int, int]:
+    if len(sample) < 2:
+        raise LayoutError(f"samples must have an image and a label, got {_what(sample)}")
+    images = [i for i, entry in enumerate(sample) if _is_image(entry)]
+    images.sort(key=lambda i: not isinstance(sample[i], tv_tensors.Image))
+    if not images:
+        raise _no_image(next((e for e in sample if isinstance(e, PILImage)), sample[0]), sample, "")
+    if images[0] + 1 == len(sample):
+        raise LayoutError(f"the label must come after the image, got {_what(sample)}: {_advice(is_dict=False)}")
+    return images[0], images[0] + 1
+
+
+def _is_image(entry: Any) -> bool:
+    if isinstance(entry, tv_tensors.TVTensor):
+        return isinstance(entry, tv_tensors.Image)
+    return isinstance(entry, torch.Tensor | np.ndarray) and entry.ndim in (3, 4) and "bool" not in str(entry.dtype)
+
+
+def _is_label(entry: Any) -> bool:
+    if isinstance(entry, torch.Tensor | np.ndarray):
+        return entry.ndim <= 2 and not isinstance(entry, tv_tensors.TVTensor)
+    return isinstance(entry, int | float | np.number | np.bool_)
+
+
+def _like(image: Any, old: Any) -> Any:
+    """The image as the class of the old one."""
+    if isinstance(old, np.ndarray):
+        return image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+    if isinstance(old, tv_tensors.TVTensor):
+        return tv_tensors.wrap(image, like=old)
+    return image.as_subclass(torch.Tensor) if isinstance(image, tv_tensors.TVTensor) else image
+
+
+def _refuse_detection(entry: Any, sample: Any) -> None:
+    """Raise if the entry is a detection target, or a list of them."""
+    first = entry[0] if isinstance(entry, tuple | list) and entry else entry
+    has_boxes = isinstance(first, Mapping) and ("boxes" in first or "bboxes" in first)
+    if has_boxes or isinstance(first, tv_tensors.BoundingBoxes):
+        raise LayoutError(f"detection targets (boxes) are not supported yet by this version, got {_what(sample)}")
+
+
+def _no_image(entry: Any, sample: Any, where: str) -> LayoutError:
+    advice = _advice(isinstance(sample, Mapping))
+    if isinstance(entry, PILImage):
+        advice = "add torchvision.transforms.v2.ToImage() to the dataset's transform to turn PIL images into tensors"
+    elif isinstance(entry, torch.Tensor | np.ndarray) and entry.ndim == 2:
+        advice = "add a channel axis, image[None]"
+    at = f" {where}" if where else ""
+    return LayoutError(
+        f"the image must be a tensor or array (C, H, W), or (B, C, H, W) in a batch, got {_what(entry)}{at} of "
+        f"{_what(sample)}: {advice}"
+    )
+
+
+def _advice(is_dict: bool) -> str:
+    example = "('image key', 'label key')" if is_dict else "(image index, label index), such as (0, 1)"
+    return f"pass layout={example}"
+
+
+def _what(entry: Any, depth: int = 0) -> str:
+    """A short description of anything: its type, and shape or contents."""
+    kind = type(entry).__name__
+    if isinstance(entry, torch.Tensor | np.ndarray):
+        return f"{kind} {tuple(entry.shape)} {entry.dtype}"
+    if depth < 1 and isinstance(entry, Mapping):
+        return (
+            f"{kind} {{{', '.join(f'{key!r}: {_what(value, depth + 1)}' for key, value in list(entry.items())[:12])}}}"
+        )
+    if depth < 1 and isinstance(entry, tuple | list):
+        return f"{kind} ({', '.join(_what(value, depth + 1) for value in entry[:12])})"
+    return kind

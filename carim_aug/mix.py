@@ -1,0 +1,352 @@
+"""`SyntheticNoduleMix`: synthetic lung nodules in a classifier's batches, used as v2.CutMix is (DESIGN 2)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.transforms import v2
+
+from carim_aug.hub import NoduleGenerator, fetch
+from carim_aug.insertion import insert, relabel
+from carim_aug.keys import LIMIT
+from carim_aug.labels import LabelPolicy
+from carim_aug.layouts import Layout, check_images
+from carim_aug.loader import MixLoader
+from carim_aug.masks import boxes_to_masks
+from carim_aug.plan import INSERTIONS, MixParams, Planner, check_chances, check_counts
+from carim_aug.prior import LocationPrior
+from carim_aug.ranges import ValueRange
+from carim_aug.render import Renderer
+from carim_aug.wrapped import MixedDataset, PlannedDataset
+
+
+class SyntheticNoduleMix(v2.Transform):
+    """Puts generated chest X-rays with a nodule, or generated nodules in real ones, into batches.
+
+    Three uses, which decide alike for the same seed, epoch and index (A and B), with any number of workers, batch size,
+    order or rank::
+
+        for images, labels in mix.loader(dataset, batch_size=64, shuffle=True, num_workers=8): ...  # A
+        loader = DataLoader(mix.wrap(dataset), batch_size=64)                                        # B
+        images, labels = mix(images, labels)                                                         # C
+
+    Args:
+        generator: noise and mask to images.
+        prior: where nodules are drawn.
+        p: chance that an eligible slot becomes a synthetic nodule, in [0, 1]; or a dict from class to chance (synthetic
+            normal images too). Default 0.5 where neither this nor the next two are given.
+        n_synthetic: class to number of samples ADDED to the data set (A and B).
+        sampling_strategy: imbalanced-learn's words, a ratio, a dict of TOTALS or a callable (A and B); see
+            `carim_aug.plan.added_counts`.
+        insertion: "whole": a generated image takes the slot. "graft": the real image stays and gets
+            x + feather(C) * (G(z, C) - G(z, 0)).
+        labels: a `LabelPolicy`, or its kind; "auto" reads the first labels seen.
+        layout: where image and label sit in a sample: "auto", or a pair of keys or positions.
+        value_range: of the images: "auto" (uint8: [0, 255]; float: [0, 1]), "imagenet", "symmetric" ([-1, 1]), "xrv"
+            ([-1024, 1024]), (low, high), or {"mean": ..., "std": ...}.
+        eligible: which real labels may be replaced; by default those of the majority class, No Finding in C.
+        seed: of all decisions, 0 to 2**64 - 1.
+        device: where to generate; None: where the images are.
+        dtype: of the generator's arithmetic: torch.float32 (default) or torch.bfloat16.
+        render_batch_size: slots of one generator call.
+        compile: put the generator through torch.compile.
+
+    Raises:
+        ValueError: a number or name that breaks its rule.
+        TypeError: no generator or prior.
+    """
+
+    def __init__(
+        self,
+        generator: NoduleGenerator,
+        prior: LocationPrior,
+        *,
+        p: float | Mapping[str, float] | None = None,
+        n_synthetic: Mapping[str, int] | None = None,
+        sampling_strategy: str | float | Mapping[str, int] | Callable[[Any], Any] | None = None,
+        insertion: str = "whole",
+        labels: LabelPolicy | str = "auto",
+        layout: Any = "auto",
+        value_range: Any = "auto",
+        eligible: Callable[[Any], bool] | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        render_batch_size: int = 32,
+        compile: bool = False,
+    ) -> None:
+        """Checks the arguments; nothing is drawn or generated."""
+        super().__init__()
+        if not isinstance(generator, NoduleGenerator):
+            raise TypeError(f"generator must be a NoduleGenerator, got {type(generator).__name__}")
+        if not isinstance(prior, LocationPrior):
+            raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
+        if insertion not in INSERTIONS:
+            raise ValueError(f"insertion must be one of {INSERTIONS}, got {insertion!r}")
+        given = [
+            name
+            for name, v in (("n_synthetic", n_synthetic), ("sampling_strategy", sampling_strategy))
+            if v is not None
+        ]
+        if len(given) + (p is not None) > 1:
+            raise ValueError(f"give one of p, n_synthetic and sampling_strategy, got {['p'] * (p is not None) + given}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LIMIT:
+            raise ValueError(f"seed must be an integer in [0, 2**64 - 1], got {seed!r}")
+        if eligible is not None and not callable(eligible):
+            raise TypeError(f"eligible must be callable, got {type(eligible).__name__}")
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        self._policy = labels if isinstance(labels, LabelPolicy) else LabelPolicy(labels)
+        if p is None and not given:
+            p = 0.5
+        chances = {} if p is None else check_chances(p, self._policy)
+        if insertion == "graft" and chances.get(self._policy.normal, 0) > 0:
+            raise ValueError(f"p must not name {self._policy.normal!r} with insertion='graft', which adds nodules only")
+        if n_synthetic is not None:
+            check_counts("n_synthetic", n_synthetic, self._policy)
+        if isinstance(sampling_strategy, Mapping):
+            check_counts("sampling_strategy", sampling_strategy, self._policy)
+
+        self.p: float | Mapping[str, float] | None = p
+        self.n_synthetic, self.sampling_strategy = n_synthetic, sampling_strategy
+        self.insertion, self.seed, self.eligible, self.layout = insertion, seed, eligible, layout
+        self.value_range = ValueRange.of(value_range)
+        # Held in a tuple: a module attribute would make the generator part of a user's model.
+        self._held = (generator, prior)
+        self._renderer = Renderer(generator, device=device, dtype=dtype, batch_size=render_batch_size, compile=compile)
+        self._planner = Planner(prior, seed=seed, nodule=self._policy.nodule, chances=chances)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._enabled = torch.ones((), dtype=torch.bool).share_memory_()
+        self._step = 0
+        self.last_params: MixParams | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        prior: LocationPrior | None = None,
+        **options: Any,
+    ) -> "SyntheticNoduleMix":
+        """Gives a mix with trained weights and a fitted prior.
+
+        Args:
+            name_or_path: a folder or a hub id; None: the bundled weights.
+            revision: of the hub repository.
+            local_files_only: never ask the hub.
+            cache_dir: of the hub's files.
+            token: of the hub.
+            prior: in place of the prior beside the weights.
+            options: what `SyntheticNoduleMix` takes.
+
+        Raises:
+            WeightsError: weights that are missing, damaged or not ours.
+            PriorError: a prior that is.
+        """
+        where: dict[str, Any] = {
+            "revision": revision,
+            "local_files_only": local_files_only,
+            "cache_dir": cache_dir,
+            "token": token,
+        }
+        generator = NoduleGenerator.from_pretrained(name_or_path, **where)
+        if prior is None:
+            prior = LocationPrior.load(fetch(name_or_path, "prior.safetensors", **where))
+        return cls(generator, prior, **options)
+
+    @property
+    def generator(self) -> NoduleGenerator:
+        """The generator; not a submodule."""
+        return self._held[0]
+
+    @property
+    def prior(self) -> LocationPrior:
+        """The location prior."""
+        return self._held[1]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is mixed; workers that are alive see a change."""
+        return bool(self._enabled)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled.fill_(bool(value))
+
+    # --- A and B ---
+    def wrap(self, dataset: Dataset) -> MixedDataset:
+        """Gives a data set like any other whose items are mixed (B), generated one by one where they are read.
+
+        Args:
+            dataset: map-style; items are tuples or dicts of an image (C, H, W) and a label, and anything else.
+        """
+        return MixedDataset(self._planned(dataset, self._epoch), self._renderer, self.value_range)
+
+    def loader(self, dataset: Dataset, batch_size: int | None = 1, **options: Any) -> MixLoader:
+        """Gives a loader of mixed batches (A): planned in the workers, generated in this process on `device`.
+
+        Args:
+            dataset: as for `wrap`, or what `wrap` gave.
+            batch_size: samples of a batch.
+            options: what a DataLoader takes.
+        """
+        inner = dataset.dataset if isinstance(dataset, MixedDataset) else dataset
+        planned = self._planned(inner, torch.zeros((), dtype=torch.int64).share_memory_())
+        return MixLoader(
+            planned,
+            self._renderer,
+            self.value_range,
+            weights_hash=self.generator.weights_hash,
+            on_batch=self._remember,
+            batch_size=batch_size,
+            **options,
+        )
+
+    def class_counts(self, dataset: Dataset) -> dict[str, dict[str, int]]:
+        """Gives real, synthetic and total samples per class, before training; see `PlannedDataset.class_counts`."""
+        inner = dataset.dataset if isinstance(dataset, MixedDataset) else dataset
+        return self._planned(inner, self._epoch).class_counts()
+
+    def _planned(self, dataset: Dataset, epoch: Tensor) -> PlannedDataset:
+        return PlannedDataset(
+            dataset,
+            self.prior,
+            seed=self.seed,
+            p=self.p,
+            policy=self._policy,
+            layout=self.layout,
+            insertion=self.insertion,
+            eligible=self.eligible,
+            n_synthetic=self.n_synthetic,
+            sampling_strategy=self.sampling_strategy,
+            epoch=epoch,
+            enabled=self._enabled,
+        )
+
+    def _remember(self, params: MixParams) -> None:
+        self.last_params = params
+
+    # --- C ---
+    def make_params(self, flat_inputs: list[Any]) -> MixParams:  # type: ignore[override]
+        """Decides for one batch: every random draw of the transform, keyed by (seed, epoch, images seen).
+
+        Args:
+            flat_inputs: images (B, C, H, W) and labels (B,) or (B, C).
+        """
+        images, labels = flat_inputs
+        policy = self._policy.resolve(labels, batch=True)
+        if self.eligible is not None:
+            allowed = [bool(self.eligible(label)) for label in labels]
+        else:
+            allowed = [name == policy.normal for name in policy.classes_of(labels)]
+        worker = get_worker_info()
+        more = () if worker is None else (worker.seed,)  # each worker counts its own steps
+        epoch, start = int(self._epoch), self._step
+        slots = tuple(
+            self._planner.decide((self.seed, epoch, start + i, *more), i, eligible=ok) for i, ok in enumerate(allowed)
+        )
+        self._step += len(slots)
+        return MixParams(slots, self.insertion, tuple(images.shape[-2:]), self.generator.weights_hash)
+
+    def forward(self, *inputs: Any, params: MixParams | None = None) -> Any:
+        """Mixes a batch.
+
+        Args:
+            *inputs: images and labels, and anything more; or one tuple, list or dict that holds them.
+            params: decisions to do again, such as `last_params`; drawn by default.
+
+        Returns:
+            The same structure, with new images and labels where anything is synthetic.
+
+        Raises:
+            ValueError: images or labels that break their rules.
+            TypeError: no image or label where the layout says.
+        """
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        if not self.enabled:
+            return sample
+        if self.n_synthetic is not None or self.sampling_strategy is not None:
+            raise ValueError(
+                "n_synthetic and sampling_strategy add samples to a data set: use mix.loader(dataset, ...) or "
+                "mix.wrap(dataset); for mix(images, labels) give p"
+            )
+        layout = Layout.of(sample, self.layout)
+        images, labels = layout.get(sample)
+        check_images(images, batch=True)
+        pixels = torch.as_tensor(images).as_subclass(Tensor)
+        self.value_range.check(pixels)
+        policy = self._policy.resolve(labels, batch=True)
+        policy.check(labels)
+        if len(labels) != len(pixels):
+            raise ValueError(f"labels must be as many as images ({len(pixels)}), got {len(labels)}")
+        if params is None:
+            params = self.make_params([pixels, labels])
+        elif len(params.slots) != len(pixels):
+            raise ValueError(f"params must be of {len(pixels)} slots, got {len(params.slots)}")
+        self.last_params = params
+        if not any(slot.synthetic for slot in params.slots):
+            return sample
+        mixed = insert(
+            pixels, params.slots, insertion=params.insertion, renderer=self._renderer, value_range=self.value_range
+        )
+        marked = relabel(labels, params.slots, insertion=params.insertion, policy=policy)
+        return layout.put(sample, mixed, marked)
+
+    # --- Provenance and state ---
+    def regenerate(self, key: tuple[int, ...], class_name: str = "Nodule") -> tuple[Tensor, Tensor, Tensor]:
+        """Gives a synthetic image again from its key alone.
+
+        Args:
+            key: (seed, epoch, index), as `MixParams.keys` has it.
+            class_name: of the slot.
+
+        Returns:
+            image (1, S, S) float32 in [-1, 1]; mask (1, S, S) in {0, 1}; boxes (k, 4) XYXY in pixels of S.
+        """
+        slot = self._planner.regenerate(tuple(key), self._policy.name_of(class_name))
+        size = self.generator.image_size
+        boxes = slot.boxes_at(size, size)
+        image = self._renderer.whole([slot], torch.device("cpu"))[0]
+        return image, boxes_to_masks([boxes], size)[0], boxes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of `mix(images, labels)` and of all `mix.wrap(...)` data sets; the step goes back to 0."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        self._epoch.fill_(epoch)
+        self._step = 0
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Gives seed, epoch and step (images seen by `mix(images, labels)` in this epoch).
+
+        As a part of a larger module it adds nothing to that module's state.
+        """
+        if destination is not None or args:
+            return destination
+        return {"seed": self.seed, "epoch": int(self._epoch), "step": self._step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Goes on from a state of the same seed.
+
+        Raises:
+            ValueError: a state of another seed, or no such state.
+        """
+        if set(state_dict) != {"seed", "epoch", "step"}:
+            raise ValueError(f"state must have seed, epoch and step, got {sorted(state_dict)}")
+        if state_dict["seed"] != self.seed:
+            raise ValueError(f"state is of seed {state_dict['seed']}, this mix has seed {self.seed}")
+        self.set_epoch(int(state_dict["epoch"]))
+        self._step = int(state_dict["step"])
+
+    def extra_repr(self) -> str:
+        """Gives the settings that decide."""
+        how = {"p": self.p, "n_synthetic": self.n_synthetic, "sampling_strategy": self.sampling_strategy}
+        shown = {k: v for k, v in how.items() if v is not None} | {"insertion": self.insertion, "seed": self.seed}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())

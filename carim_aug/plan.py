@@ -1,0 +1,284 @@
+"""What becomes of each slot of a batch: a pure function of (seed, epoch, index), without weights or GPU (DESIGN 1)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carim_aug.keys import stream
+from carim_aug.labels import LabelPolicy
+from carim_aug.masks import boxes_to_masks
+from carim_aug.prior import LocationPrior
+
+INSERTIONS = ("whole", "graft")
+STRATEGIES = ("auto", "minority", "not minority", "not majority", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One slot of a batch.
+
+    Attributes:
+        key: (seed, epoch, index, ...): what everything random in the slot is drawn from.
+        class_name: the class of the synthetic image, or None where the real sample stays.
+        noise_seed: of the noise vector z, 0 to 2**63 - 1.
+        boxes: (k, 4) float32 XYXY as parts of the image's width and height; none for a normal image.
+        host: place in the data set of the real sample that is replaced, or into which the nodule is grafted.
+    """
+
+    key: tuple[int, ...]
+    class_name: str | None
+    noise_seed: int
+    boxes: np.ndarray
+    host: int
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether anything in the slot is generated."""
+        return self.class_name is not None
+
+    def boxes_at(self, height: int, width: int) -> Tensor:
+        """Gives the boxes (k, 4) float32, XYXY in pixels of an image of this size."""
+        return torch.tensor(self.boxes * np.array([width, height, width, height], dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class MixParams:
+    """What was decided for one batch; `mix(images, labels, params=...)` does it again.
+
+    Attributes:
+        slots: one for each image.
+        insertion: "whole" or "graft".
+        size: height and width of the batch's images, in pixels.
+        weights_hash: SHA-256 of the generator's tensors.
+    """
+
+    slots: tuple[Slot, ...]
+    insertion: str
+    size: tuple[int, int]
+    weights_hash: str
+
+    @property
+    def synthetic(self) -> Tensor:
+        """(B,) bool: which slots hold anything generated."""
+        return torch.tensor([s.synthetic for s in self.slots], dtype=torch.bool)
+
+    @property
+    def noise_seeds(self) -> list[int]:
+        """B seeds of the noise vectors; meaningless for real slots."""
+        return [s.noise_seed for s in self.slots]
+
+    @property
+    def keys(self) -> list[tuple[int, ...]]:
+        """B keys (seed, epoch, index, ...), enough to generate a slot again (`SyntheticNoduleMix.regenerate`)."""
+        return [s.key for s in self.slots]
+
+    @property
+    def classes(self) -> list[str | None]:
+        """B class names, None for real slots."""
+        return [s.class_name for s in self.slots]
+
+    @property
+    def boxes(self) -> list[Tensor]:
+        """B tensors (k, 4) float32: inserted boxes, XYXY in pixels of `size`; (0, 4) for real and normal slots."""
+        return [s.boxes_at(*self.size) for s in self.slots]
+
+    @property
+    def masks(self) -> Tensor:
+        """(B, 1, H, W) float32 in {0, 1}: the inserted boxes as masks."""
+        return boxes_to_masks(self.boxes, self.size)
+
+
+NO_BOXES = np.zeros((0, 4), dtype=np.float32)
+NO_BOXES.setflags(write=False)
+
+
+class Planner:
+    """Decides slots.
+
+    Args:
+        prior: where nodules are drawn.
+        seed: of all decisions.
+        nodule: the nodule class's name.
+        chances: class to chance, for slots that may be replaced; together at most 1.
+    """
+
+    def __init__(self, prior: LocationPrior, *, seed: int, nodule: str, chances: Mapping[str, float]) -> None:
+        """Keeps the numbers; draws nothing."""
+        self.prior, self.seed, self.nodule = prior, seed, nodule
+        self.chances = dict(chances)
+        self._steps: list[tuple[float, str]] = []
+        total = 0.0
+        for name, chance in chances.items():
+            total += chance
+            self._steps.append((total, name))
+
+    def decide(self, key: tuple[int, ...], host: int, *, eligible: bool) -> Slot:
+        """Gives the fate of a real sample.
+
+        Args:
+            key: (seed, epoch, index, ...).
+            host: its place in the data set.
+            eligible: whether it may be replaced.
+        """
+        if eligible and self._steps:
+            rng = stream(*key)
+            u, _ = rng.random(2).tolist()
+            for limit, name in self._steps:
+                if u < limit:
+                    return self.draw(key, name, host, rng)
+        return Slot(key, None, 0, NO_BOXES, host)
+
+    def add(self, key: tuple[int, ...], class_name: str, hosts: Sequence[int] | np.ndarray) -> Slot:
+        """Gives a slot that is added to the data set.
+
+        Args:
+            key: (seed, epoch, index, ...).
+            class_name: of the synthetic image.
+            hosts: real samples to choose the host from.
+        """
+        rng = stream(*key)
+        _, v = rng.random(2)
+        host = int(hosts[int(v * len(hosts))])
+        return self.draw(key, class_name, host, rng)
+
+    def draw(self, key: tuple[int, ...], class_name: str, host: int, rng: np.random.Generator) -> Slot:
+        """Gives a synthetic slot: noise seed first, then boxes if it is of the nodule class."""
+        noise_seed = int(rng.integers(2**63))
+        boxes = self.prior.draw(rng) if class_name == self.nodule else NO_BOXES
+        return Slot(key, class_name, noise_seed, boxes, host)
+
+    def regenerate(self, key: tuple[int, ...], class_name: str) -> Slot:
+        """Gives the synthetic slot of a key again, with no data set at hand (host -1).
+
+        Args:
+            key: (seed, epoch, index, ...).
+            class_name: of the slot.
+        """
+        rng = stream(*key)
+        rng.random(2)
+        return self.draw(key, class_name, -1, rng)
+
+
+def added_counts(
+    counts: Mapping[str, int],
+    policy: LabelPolicy,
+    *,
+    n_synthetic: Mapping[str, int] | None = None,
+    sampling_strategy: str | float | Mapping[str, int] | Callable[[Mapping[str, int]], Mapping[str, int]] | None = None,
+) -> dict[str, int]:
+    """Gives how many synthetic images of each class are added.
+
+    Args:
+        counts: real images per class.
+        policy: names the nodule and the normal class, the two that can be made.
+        n_synthetic: class to number added (DS3 and DS4 of the source).
+        sampling_strategy: imbalanced-learn's words, over the classes that can be made: "minority", "not minority",
+            "not majority" (= "auto"), "all": raise these classes to the majority's count; a number: nodule images per
+            normal image afterwards; a dict: TOTAL per class afterwards; a callable from counts to such a dict.
+
+    Returns:
+        Class to number, zero numbers left out.
+
+    Raises:
+        ValueError: a word, number or class that does not fit.
+    """
+    if n_synthetic is not None:
+        return {name: n for name, n in check_counts("n_synthetic", n_synthetic, policy).items() if n}
+    if sampling_strategy is None:
+        return {}
+    pair = {name: int(counts.get(name, 0)) for name in (policy.normal, policy.nodule)}
+    if callable(sampling_strategy):
+        sampling_strategy = sampling_strategy(dict(counts))
+    if isinstance(sampling_strategy, Mapping):
+        totals = check_counts("sampling_strategy", sampling_strategy, policy)
+        for name, total in totals.items():
+            if total < pair[name]:
+                raise ValueError(
+                    f"sampling_strategy must not be below the real count of {name!r} ({pair[name]}), got {total}"
+                )
+        return {name: total - pair[name] for name, total in totals.items() if total > pair[name]}
+    largest, smallest = max(pair.values()), min(pair.values())
+    if isinstance(sampling_strategy, str):
+        if sampling_strategy not in STRATEGIES:
+            raise ValueError(
+                f"sampling_strategy must be one of {STRATEGIES}, a number, a dict or a callable, "
+                f"got {sampling_strategy!r}"
+            )
+        chosen = {
+            "minority": [name for name, n in pair.items() if n == smallest][-1:],
+            "not minority": [name for name, n in pair.items() if n != smallest],
+        }.get(sampling_strategy, list(pair))
+        return {name: largest - pair[name] for name in chosen if largest > pair[name]}
+    if isinstance(sampling_strategy, bool) or not isinstance(sampling_strategy, int | float):
+        raise TypeError(
+            f"sampling_strategy must be a word, a number, a dict or a callable, got {type(sampling_strategy).__name__}"
+        )
+    if not 0 < sampling_strategy <= 1:
+        raise ValueError(f"sampling_strategy as a number must be in (0, 1], got {sampling_strategy}")
+    wanted = round(sampling_strategy * pair[policy.normal])
+    if wanted < pair[policy.nodule]:
+        raise ValueError(
+            f"sampling_strategy must not be below the real ratio of {policy.nodule!r} to {policy.normal!r}, "
+            f"{pair[policy.nodule]} / {pair[policy.normal]}, got {sampling_strategy}"
+        )
+    return {policy.nodule: wanted - pair[policy.nodule]} if wanted > pair[policy.nodule] else {}
+
+
+def check_counts(argument: str, counts: Any, policy: LabelPolicy) -> dict[str, int]:
+    """Gives class counts under the policy's names.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: a class that is unknown or cannot be made, or a number that is no count.
+    """
+    if not isinstance(counts, Mapping):
+        raise TypeError(f"{argument} must be a dict from class to number, got {type(counts).__name__}")
+    checked: dict[str, int] = {}
+    for name, n in counts.items():
+        checked[makeable(argument, name, policy)] = _count(argument, name, n)
+    return checked
+
+
+def check_chances(p: Any, policy: LabelPolicy) -> dict[str, float]:
+    """Gives class chances under the policy's names, from a number (all nodule) or a dict.
+
+    Raises:
+        TypeError: neither a number nor a dict of numbers.
+        ValueError: a chance outside [0, 1], or more than 1 together, or an unknown class.
+    """
+    pairs = p.items() if isinstance(p, Mapping) else [(policy.nodule, p)]
+    chances: dict[str, float] = {}
+    for name, chance in pairs:
+        if isinstance(chance, bool) or not isinstance(chance, int | float | np.floating | np.integer):
+            raise TypeError(f"p must be a number in [0, 1] or a dict of them, got {chance!r}")
+        if not 0 <= chance <= 1:
+            raise ValueError(f"p must be in [0, 1], got {chance}")
+        chances[makeable("p", name, policy)] = float(chance)
+    if sum(chances.values()) > 1 + 1e-9:
+        raise ValueError(f"p must not exceed 1 over all classes together, got {sum(chances.values())}")
+    return chances
+
+
+def makeable(argument: str, name: Any, policy: LabelPolicy) -> str:
+    """Gives the policy's spelling of a class that the generator makes, or raises ValueError naming the argument."""
+    known = [policy.nodule, policy.normal]
+    try:
+        spelled = policy.name_of(name)
+        fits = policy.can_make(spelled)
+    except ValueError as error:
+        raise ValueError(f"{argument} has an unknown class {name!r}: {error}") from None
+    if not fits:
+        raise ValueError(f"{argument} must name classes that the generator makes {known}, got {name!r}")
+    return spelled
+
+
+def _count(argument: str, name: Any, n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, int | np.integer):
+        raise TypeError(f"{argument}[{name!r}] must be an integer, got {n!r}")
+    if n < 0:
+        raise ValueError(f"{argument}[{name!r}] must be at least 0, got {n}")
+    return int(n)

@@ -1,0 +1,286 @@
+"""A data set with synthetic samples in it: decisions keyed by index, rendered later (loader) or per item (wrap)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from tqdm import tqdm
+
+from carim_aug.insertion import insert
+from carim_aug.labels import LabelPolicy
+from carim_aug.layouts import Layout, check_images
+from carim_aug.plan import Planner, Slot, added_counts, check_chances
+from carim_aug.prior import LocationPrior
+from carim_aug.ranges import ValueRange
+from carim_aug.render import Renderer
+
+
+class PlannedDataset(Dataset):
+    """Real samples and what becomes of each; nothing is generated, so it needs no weights and no GPU.
+
+    Items are (sample, slot). Indices from len(dataset) on are added slots, each with a real host.
+
+    Args:
+        dataset: a map-style data set.
+        prior: where nodules are drawn.
+        seed: of all decisions.
+        p: chance, or class to chance, of eligible slots; None: none.
+        policy: of the labels; takes the class names that the data set brings along.
+        layout: where image and label sit, see `Layout.of`.
+        insertion: "whole" or "graft".
+        eligible: which labels may be replaced; None: the larger of the normal and the nodule class where labels can be
+            counted without loading images, else the normal class.
+        n_synthetic: class to number added.
+        sampling_strategy: see `carim_aug.plan.added_counts`.
+        epoch: shared-memory tensor, int64 scalar, so that persistent workers see it.
+        enabled: shared-memory tensor, bool scalar.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        prior: LocationPrior,
+        *,
+        seed: int,
+        p: float | Mapping[str, float] | None,
+        policy: LabelPolicy,
+        layout: Any,
+        insertion: str,
+        eligible: Callable[[Any], bool] | None,
+        n_synthetic: Mapping[str, int] | None,
+        sampling_strategy: Any,
+        epoch: Tensor,
+        enabled: Tensor,
+    ) -> None:
+        """Reads the labels if they are needed."""
+        map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if isinstance(dataset, IterableDataset) or not map_style:
+            raise TypeError(
+                f"dataset must be map-style (__getitem__ and __len__), got {type(dataset).__name__}: "
+                "for a stream use mix(images, labels) on its batches"
+            )
+        if len(dataset) == 0:  # type: ignore[arg-type]
+            raise ValueError("dataset must hold at least one sample, got 0")
+        self.dataset, self.insertion = dataset, insertion
+        self.epoch, self.enabled = epoch, enabled
+        self._count = len(dataset)  # type: ignore[arg-type]
+
+        # Settle layout and labels on the first sample.
+        first = dataset[0]
+        self.layout = Layout.of(first, layout)
+        image, label = self.layout.get(first)
+        check_images(image, batch=False)
+        self.policy = policy.named_by(dataset).resolve(label, batch=False)
+        self.policy.check(label, batch=False)
+        chances = {} if p is None else check_chances(p, self.policy)
+        self.planner = Planner(prior, seed=seed, nodule=self.policy.nodule, chances=chances)
+        self._classes: list[str] | None = None
+        self._labels: Any = None
+        found = labels_without_images(dataset)
+        if found is not None and same_label(found[0], label):
+            self._classes = self._classes_of(found)
+        self._eligible = eligible
+        self._eligible_class = self._majority() if self._classes is not None else self.policy.normal
+
+        # Slots to add, and who hosts them.
+        self._added: list[tuple[int, str]] = []  # (first index after them, class), in order
+        self._hosts = np.zeros(0, dtype=np.int64)
+        if n_synthetic is not None or sampling_strategy is not None:
+            self._eligible_class = self._majority()
+            counts = added_counts(
+                self.real_counts(), self.policy, n_synthetic=n_synthetic, sampling_strategy=sampling_strategy
+            )
+            if insertion == "graft" and counts.get(self.policy.normal):
+                raise ValueError(
+                    f"insertion='graft' adds nodules to real images, so it cannot add {self.policy.normal!r}: "
+                    "use insertion='whole'"
+                )
+            end = self._count
+            for name, n in counts.items():
+                end += n
+                self._added.append((end, name))
+            if self._added:
+                self._hosts = self._find_hosts()
+
+    def __len__(self) -> int:
+        """Real samples, and added slots while the mix is enabled."""
+        return self._added[-1][0] if self._added and bool(self.enabled) else self._count
+
+    def slot(self, index: int, eligible: bool) -> Slot:
+        """Gives the fate of an index in the current epoch, without loading anything.
+
+        Args:
+            index: 0 to len - 1.
+            eligible: whether the real sample there may be replaced; means nothing for added slots.
+        """
+        key = (self.planner.seed, int(self.epoch), index)
+        for end, name in self._added:
+            if self._count <= index < end:
+                return self.planner.add(key, name, self._hosts)
+        return self.planner.decide(key, index, eligible=eligible and bool(self.enabled))
+
+    def __getitem__(self, index: int) -> tuple[Any, Slot]:
+        """Gives the host sample and the slot of an index."""
+        index = int(index)
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        if index >= self._count:
+            slot = self.slot(index, False)
+            return self.dataset[slot.host], slot
+        sample = self.dataset[index]
+        label = self.layout.get(sample)[1]
+        self.policy.check(label, batch=False)
+        return sample, self.slot(index, self.eligible(label))
+
+    def eligible(self, label: Any) -> bool:
+        """Says whether a real sample with this label may be replaced."""
+        if self._eligible is not None:
+            return bool(self._eligible(label))
+        return self.policy.class_of(label) == self._eligible_class
+
+    def real_counts(self) -> dict[str, int]:
+        """Gives the number of real samples per class, loading all of them once if labels are nowhere else."""
+        classes = self._all_classes()
+        names = dict.fromkeys([self.policy.normal, self.policy.nodule, *sorted(set(classes))])
+        return {name: classes.count(name) for name in names}
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Gives real, synthetic and total samples per class in the current epoch, before anything is generated.
+
+        Returns:
+            Class to {"real", "synthetic", "total"}; a grafted image counts as synthetic.
+        """
+        counts = {name: {"real": n, "synthetic": 0, "total": 0} for name, n in self.real_counts().items()}
+        if bool(self.enabled):
+            start = self._count
+            for end, name in self._added:
+                counts[name]["synthetic"] += end - start
+                start = end
+            if self.planner.chances:
+                for index, name in enumerate(self._all_classes()):
+                    allowed = self.eligible(self._labels[index]) if self._eligible else name == self._eligible_class
+                    slot = self.slot(index, allowed)
+                    if slot.class_name is not None:
+                        counts[name]["real"] -= 1
+                        counts[slot.class_name]["synthetic"] += 1
+        for row in counts.values():
+            row["total"] = row["real"] + row["synthetic"]
+        return counts
+
+    def _all_classes(self) -> list[str]:
+        if self._classes is None or (self._eligible is not None and self._labels is None):
+            samples = (self.dataset[i] for i in range(self._count))
+            bar = tqdm(samples, total=self._count, desc="reading labels", unit="image")
+            self._classes = self._classes_of([self.layout.get(sample)[1] for sample in bar])
+        return self._classes
+
+    def _classes_of(self, labels: Any) -> list[str]:
+        self._labels = labels
+        if isinstance(labels, Tensor | np.ndarray) and len(labels) == self._count:
+            self.policy.check(labels)
+            return self.policy.classes_of(labels)
+        return [self.policy.class_of(label) for label in labels]
+
+    def _majority(self) -> str:
+        counts = self.real_counts()
+        return self.policy.nodule if counts[self.policy.nodule] > counts[self.policy.normal] else self.policy.normal
+
+    def _find_hosts(self) -> np.ndarray:
+        classes = self._all_classes()
+        if self._eligible is not None:
+            hosts = [i for i in range(self._count) if self._eligible(self._labels[i])]
+        else:
+            hosts = [i for i, name in enumerate(classes) if name == self._eligible_class]
+        if self.insertion == "graft":
+            hosts = [i for i in hosts if classes[i] != self.policy.nodule]
+            hosts = hosts or [i for i, name in enumerate(classes) if name == self.policy.normal]
+        if not hosts:
+            raise ValueError(f"dataset has no sample that may host synthetic ones, got classes {self.real_counts()}")
+        return np.asarray(hosts, dtype=np.int64)
+
+
+class MixedDataset(Dataset):
+    """The data set that `mix.wrap` gives: each item as the user's own, some of them synthetic.
+
+    Args:
+        planned: decisions.
+        renderer: generates, one slot at a time.
+        value_range: of the images.
+    """
+
+    def __init__(self, planned: PlannedDataset, renderer: Renderer, value_range: ValueRange) -> None:
+        """Keeps the parts."""
+        self.planned, self.renderer, self.value_range = planned, renderer, value_range
+
+    @property
+    def dataset(self) -> Dataset:
+        """The user's own data set."""
+        return self.planned.dataset
+
+    def __len__(self) -> int:
+        """As `PlannedDataset`."""
+        return len(self.planned)
+
+    def __getitem__(self, index: int) -> Any:
+        """Gives the sample of an index, of the structure and types of the user's own."""
+        sample, slot = self.planned[index]
+        layout, policy = self.planned.layout, self.planned.policy
+        image, label = layout.get(sample)
+        check_images(image, batch=False)
+        pixels = torch.as_tensor(image).as_subclass(Tensor)
+        self.value_range.check(pixels, "image")
+        if not slot.synthetic:
+            return sample
+        insertion = self.planned.insertion
+        mixed = insert(pixels[None], [slot], insertion=insertion, renderer=self.renderer, value_range=self.value_range)
+        graft = insertion == "graft"
+        new = policy.add_nodule(label) if graft else policy.synthetic(label, cast(str, slot.class_name))
+        return layout.put(sample, mixed[0], new)
+
+    def slot(self, index: int) -> Slot:
+        """Gives the decision for an index in the current epoch (loads the host's label)."""
+        return self.planned[index][1]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch; workers that are alive see it."""
+        self.planned.epoch.fill_(epoch)
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """As `PlannedDataset.class_counts`."""
+        return self.planned.class_counts()
+
+
+def labels_without_images(dataset: Any) -> Any:
+    """Gives all labels of a data set without loading its images, from `targets` or `labels`; None if it has neither.
+
+    Sees through `torch.utils.data.Subset` and `ConcatDataset`.
+    """
+    if isinstance(dataset, Subset):
+        inner = labels_without_images(dataset.dataset)
+        if inner is None:
+            return None
+        if isinstance(inner, Tensor | np.ndarray):
+            return inner[list(dataset.indices)]
+        return [inner[i] for i in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [labels_without_images(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else [label for part in parts for label in part]
+    for name in ("targets", "labels"):
+        labels = getattr(dataset, name, None)
+        if isinstance(labels, Tensor | np.ndarray | list | tuple) and len(labels) == len(dataset):
+            return labels
+    return None
+
+
+def same_label(a: Any, b: Any) -> bool:
+    """Says whether two labels of one sample are equal, NaN and all."""
+    try:
+        x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return x.shape == y.shape and bool(np.array_equal(x, y, equal_nan=True))

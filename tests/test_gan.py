@@ -1,0 +1,146 @@
+"""Stage 1 on a drawn phantom in ChestX-ray14's layout: that the recipe runs, resumes and exports."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carim_aug.data.phantom import phantom_chest
+from carim_aug.hub import NoduleGenerator
+from train.films import at_least, crop_at, draw_batch, read_films
+from train.gan import Networks, train_gan
+from train.presets import PRESETS
+from train.run import Run
+
+TINY = dataclasses.replace(PRESETS["tiny"], images=48, batch=8, grow_at=(16,), snapshot_images=16)
+
+
+@pytest.fixture(scope="module")
+def phantom_data(tmp_path_factory):
+    """A folder in ChestX-ray14's layout: 24 drawn chests of 24 patients, a third with a nodule, half of those boxed."""
+    root = tmp_path_factory.mktemp("phantom")
+    (root / "images").mkdir()
+    rows, boxes, splits = [], [], []
+    for i in range(24):
+        name, nodule = f"{i + 1:08d}_000.png", i % 3 == 0
+        box = [20 + i, 24, 28 + i, 32]
+        image = phantom_chest(64, nodule_box=box if nodule else None, seed=i)
+        Image.fromarray((image[0].numpy() * 255).astype(np.uint8)).save(root / "images" / name)
+        rows.append([name, "Nodule" if nodule else "No Finding", 0, i + 1, 50, "M", "PA", 1024, 1024, 0.14, 0.14])
+        splits.append([name, "train"])
+        if nodule and i % 2 == 0:
+            boxes.append([name, "Nodule", *(16 * v for v in (box[0], box[1], 8, 8))])
+    head = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    head += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+    for name, header, lines in (
+        ("Data_Entry_2017_v2020.csv", head, rows),
+        ("BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h]", boxes),
+        ("split.csv", "Image Index,split", splits),
+    ):
+        with (root / name).open("w", newline="") as file:
+            file.write(header + "\n")
+            csv.writer(file).writerows(lines)
+    return root
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    """Round soft templates in the layout of the CT nodules' file."""
+    y, x = np.mgrid[:50, :50] - 24.5
+    discs = np.stack([np.clip(r**2 - x**2 - y**2, 0, None) ** 0.5 for r in np.linspace(3, 12, 12)]).astype(np.float16)
+    path = tmp_path_factory.mktemp("ct") / "templates.npz"
+    diameter = np.linspace(6, 24, 12).astype(np.float32)
+    np.savez(path, frontal=discs, sagittal=discs, diameter_mm=diameter, name=np.array([str(i) for i in range(12)]))
+    return path
+
+
+def test_films_are_split_by_class_and_know_their_boxes(phantom_data):
+    films = read_films(phantom_data, 32)
+    assert films.normal.shape == (16, 1, 32, 32) and films.nodule.shape == (8, 1, 32, 32)
+    assert len(films.boxed) == 4
+    place, boxes = films.boxed[0]
+    assert place == 0 and boxes.tolist() == [[10, 12, 14, 16]]
+
+
+def test_a_train_split_without_nodules_is_refused(phantom_data, tmp_path):
+    for name in ("images", "BBox_List_2017.csv", "split.csv"):
+        (tmp_path / name).symlink_to(phantom_data / name)
+    text = (phantom_data / "Data_Entry_2017_v2020.csv").read_text().replace(",Nodule,", ",No Finding,")
+    (tmp_path / "Data_Entry_2017_v2020.csv").write_text(text)
+    with pytest.raises(ValueError, match="needs films of both classes, got 24 normal, 0 nodule"):
+        read_films(tmp_path, 32)
+
+
+def test_batches_are_a_pure_function_of_the_images_seen(phantom_data, templates):
+    from carim_aug.data.ct_nodules import CTNodules
+    from carim_aug.prior import LocationPrior
+
+    films, prior, ct = read_films(phantom_data, 32), LocationPrior.bundled(), CTNodules(templates)
+    state = torch.get_rng_state()
+    one = draw_batch(films, prior, ct, TINY, seed=1, images_seen=16)
+    again = draw_batch(films, prior, ct, TINY, seed=1, images_seen=16)
+    other = draw_batch(films, prior, ct, TINY, seed=1, images_seen=24)
+    assert all(torch.equal(getattr(one, f.name), getattr(again, f.name)) for f in dataclasses.fields(one))
+    assert not torch.equal(one.images, other.images) and not torch.equal(one.noise, other.noise)
+    assert torch.equal(state, torch.get_rng_state())
+    assert one.classes.tolist() == [1] * 4 + [0] * 4
+    assert one.differences[:, 0].min() >= 0 and one.differences[:, 0].amax(dim=(1, 2)).min() > 0
+
+
+def test_crops_stay_inside_and_hold_the_box():
+    maps = torch.arange(32 * 32.0).view(1, 1, 32, 32)
+    crop = crop_at(maps, torch.tensor([[30.0, 0.0, 32.0, 2.0]]), 8, torch.zeros(1, 2))
+    assert crop.shape == (1, 1, 8, 8) and crop[0, 0, 0, 7] == 31
+
+
+def test_small_boxes_grow_about_their_centre_and_stay_inside():
+    grown = at_least(torch.tensor([[10.0, 10.0, 11.0, 14.0], [31.5, 0.0, 32.0, 0.5]]), 2, 32)
+    assert grown.tolist() == [[9.5, 10.0, 11.5, 14.0], [30.0, 0.0, 32.0, 2.0]]
+
+
+def test_average_copies_buffers_and_averages_parameters():
+    networks = Networks(TINY)
+    with torch.no_grad():
+        networks.generator(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(4, 1, 32, 32))
+        for p in networks.generator.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in networks.average.module.parameters()]
+    networks.update_average()
+    networks.update_average()
+    for now, old, goal in zip(networks.average.module.parameters(), before, networks.generator.parameters(), strict=True):
+        assert ((now - old) * (goal - old) >= 0).all() and (now - goal).abs().max() < 1
+    for mean, now in zip(networks.average.module.buffers(), networks.generator.buffers(), strict=True):
+        assert torch.equal(mean, now)
+
+
+def test_stage_1_trains_exports_and_resumes_bit_equal(phantom_data, templates, tmp_path):
+    whole = train_gan(TINY, data=phantom_data, ct_nodules=templates, out=tmp_path / "whole")
+    cut = dataclasses.replace(TINY, images=24)
+    train_gan(cut, data=phantom_data, ct_nodules=templates, out=tmp_path / "cut")
+    resumed = train_gan(TINY, data=phantom_data, ct_nodules=templates, out=tmp_path / "cut")
+    first, second = NoduleGenerator.from_pretrained(whole), NoduleGenerator.from_pretrained(resumed)
+    assert first.weights_hash == second.weights_hash
+    recipe = first.provenance["recipe"]
+    assert (json.loads(recipe) if isinstance(recipe, str) else recipe)["images_seen"] == 48
+    lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["images"] == 8
+    assert len(Run(tmp_path / "whole", json.loads((tmp_path / "whole" / "recipe.json").read_text())).checkpoints()) == 2
+
+
+def test_a_folder_of_another_recipe_is_refused(phantom_data, tmp_path):
+    Run(tmp_path, {"seed": 0})
+    with pytest.raises(ValueError, match=r"holds another recipe \(differs in \['seed'\]\)"):
+        Run(tmp_path, {"seed": 1})
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    run = Run(tmp_path, {})
+    run.save({"images_seen": 8}, 8)
+    newest = run.save({"images_seen": 16}, 16)
+    newest.write_bytes(newest.read_bytes()[:40])
+    assert run.load() == {"images_seen": 8}
+    assert "unreadable checkpoint" in (tmp_path / "log.jsonl").read_text()

@@ -1,0 +1,338 @@
+"""Stage 1 of the CARIM-cGAN: `python -m train.gan --preset fast128 --data FOLDER --out runs/fast128` (METHOD 6).
+
+The same command resumes. Everything random is keyed by (seed, images seen). Our extensions to the source, each a number
+of the preset: no batch norm in the discriminators, DiffAugment, progressive branches, matched pairs in every batch
+(same noise with and without mask), discriminators of crops at the mask, CT nodules superimposed on normal films.
+"""
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from carim_aug.augment import DiffAugment
+from carim_aug.data.ct_nodules import CTNodules
+from carim_aug.hub import NoduleGenerator
+from carim_aug.keys import fold
+from carim_aug.losses import discriminator_loss, generator_loss, lsgan_fake, lsgan_real, outside_loss
+from carim_aug.masks import boxes_to_masks
+from carim_aug.models.discriminator import CropDiscriminator, ScaleDiscriminator
+from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
+from carim_aug.prior import LocationPrior
+from train.films import DIFFERENCE_GAIN, Batch, Films, crop_at, draw_batch, read_films
+from train.presets import PRESETS, GANPreset
+from train.run import Run, git_commit
+
+
+class Networks(nn.Module):
+    """Generator, its moving average, and all discriminators of one run."""
+
+    def __init__(self, preset: GANPreset) -> None:
+        """Makes untrained networks."""
+        super().__init__()
+        config = ARCHITECTURES[preset.architecture]
+        self.generator = MultiScaleGenerator(config)
+        self.scales = nn.ModuleList(
+            ScaleDiscriminator(
+                config.image_size >> (config.branches - 1 - i),
+                width=preset.discriminator_width,
+                max_channels=preset.discriminator_channels,
+                condition_dim=preset.condition_dim,
+                batch_norm=preset.discriminator_norm,
+                grow=preset.discriminator_norm,
+            )
+            for i in range(config.branches)
+        )
+        self.crop = CropDiscriminator()
+        self.difference = CropDiscriminator()
+        half_life = preset.ema_images / preset.batch
+
+        def average(averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:
+            decay = min(0.5 ** (1 / half_life), (1 + int(steps)) / (10 + int(steps)))
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+
+        self.average = AveragedModel(self.generator, multi_avg_fn=average)
+
+    def update_average(self) -> None:
+        """Averages the parameters; copies the buffers (spectral norm's vectors, batch norm's statistics)."""
+        self.average.update_parameters(self.generator)
+        for mean, now in zip(self.average.module.buffers(), self.generator.buffers(), strict=True):
+            mean.copy_(now)
+
+    def discriminators(self) -> list[nn.Module]:
+        """Gives all networks that judge."""
+        return [*self.scales, self.crop, self.difference]
+
+
+@contextlib.contextmanager
+def frozen(modules: list[nn.Module]) -> Iterator[None]:
+    """Keeps the modules' parameters without gradient inside the block."""
+    parameters = [p for m in modules for p in m.parameters()]
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.requires_grad_(flag)
+
+
+def train_step(
+    networks: Networks,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch: Batch,
+    preset: GANPreset,
+    *,
+    scales: int,
+    generator: torch.Generator,
+    autocast: contextlib.AbstractContextManager[Any],
+) -> dict[str, float]:
+    """Does one update of all discriminators and of the generator; gives the losses.
+
+    Args:
+        networks: changed in place.
+        optimizers: "generator" and "discriminators".
+        batch: real films and requests.
+        preset: weights of the terms.
+        scales: branches that train now.
+        generator: random stream of the augmentation, on CPU.
+        autocast: precision of the networks.
+    """
+    config = ARCHITECTURES[preset.architecture]
+    full, half = scales == config.branches, len(batch.noise)
+    crop, device = config.image_size // 4, batch.images.device
+    use_crops = full and len(batch.crops) > 0 and preset.crop_weight + preset.difference_weight > 0
+    sizes = [d.image_size for d in networks.scales][:scales]
+    reals = [batch.images if s == config.image_size else F.adaptive_avg_pool2d(batch.images, s) for s in sizes]
+
+    def augmented(images: list[Tensor]) -> list[Tensor]:
+        if not preset.augment:
+            return images
+        change = DiffAugment.draw(len(images[0]), generator=generator).to(device)
+        return [change(x) for x in images]
+
+    # Generate matched pairs: the same noise with the mask (nodule half) and without (normal half).
+    noise = torch.cat([batch.noise, batch.noise])
+    masks = torch.cat([batch.masks, torch.zeros_like(batch.masks)])
+    with autocast, parametrize.cached():
+        fakes = [x.float() for x in networks.generator.pyramid(noise, masks, scales=scales)]
+    with_mask, without = fakes[-1].chunk(2)
+    difference = with_mask - without
+    if use_crops:
+        jitter = ((torch.rand(half, 2, generator=generator) - 0.5) * crop / 3).to(device)
+        pairs = torch.cat(
+            [with_mask, batch.masks, without, torch.zeros_like(batch.masks), difference * DIFFERENCE_GAIN], 1
+        )
+        pairs = crop_at(pairs, batch.boxes, crop, jitter)
+        fake_crops = torch.cat([pairs[:, 0:2], pairs[:, 2:4]])
+        fake_differences = torch.cat([pairs[:, 4:5], pairs[:, 1:2]], dim=1)
+    losses: dict[str, Tensor] = {}
+
+    # Update D: real, mismatched and generated images through one trunk pass each scale (without batch norm in D).
+    shown, made = augmented(reals), augmented([x.detach() for x in fakes])
+    with autocast, parametrize.cached():
+        for d, real, fake in zip(networks.scales, shown, made, strict=False):
+            if preset.discriminator_norm:
+                features, fake_features = d.features(real), d.features(fake)
+            else:
+                features, fake_features = d.features(torch.cat([real, fake])).chunk(2)
+            losses[f"d{d.image_size}"] = discriminator_loss(
+                d.judge(features, batch.classes),
+                d.judge(fake_features, batch.classes),
+                d.judge(features, 1 - batch.classes)[1],
+            )
+        if use_crops:
+            scores = networks.crop(torch.cat([batch.crops, fake_crops.detach()]))
+            n = len(batch.crops)
+            losses["d_crop"] = lsgan_real(scores[:n]) + lsgan_fake(scores[n:])
+            scores = networks.difference(torch.cat([batch.differences, fake_differences.detach()]))
+            n = len(batch.differences)
+            losses["d_difference"] = lsgan_real(scores[:n]) + lsgan_fake(scores[n:])
+    optimizers["discriminators"].zero_grad(set_to_none=True)
+    sum(losses.values(), torch.zeros((), device=device)).backward()
+    optimizers["discriminators"].step()
+
+    # Update G: eq. 4 on every scale, then the crops, then nothing outside the mask.
+    made = augmented(fakes)
+    g_losses: dict[str, Tensor] = {}
+    with frozen(networks.discriminators()), autocast, parametrize.cached():
+        for d, fake in zip(networks.scales, made, strict=False):
+            g_losses[f"g{d.image_size}"] = generator_loss(d(fake, batch.classes))
+        if use_crops:
+            g_losses["g_crop"] = preset.crop_weight * lsgan_real(networks.crop(fake_crops))
+            g_losses["g_difference"] = preset.difference_weight * lsgan_real(networks.difference(fake_differences))
+    if preset.outside_weight > 0:
+        allowed = F.adaptive_avg_pool2d(F.max_pool2d(batch.masks, 5, 1, 2), sizes[-1])
+        g_losses["g_outside"] = preset.outside_weight * outside_loss(difference, allowed)
+    optimizers["generator"].zero_grad(set_to_none=True)
+    sum(g_losses.values(), torch.zeros((), device=device)).backward()
+    optimizers["generator"].step()
+    networks.update_average()
+    with torch.no_grad():
+        inside = F.adaptive_avg_pool2d(batch.masks, sizes[-1])
+        contrast = (difference * inside).sum() / inside.sum().clamp(min=1e-6)
+    return {k: float(v.detach()) for k, v in (losses | g_losses | {"contrast": contrast}).items()}
+
+
+def train_gan(
+    preset: GANPreset,
+    *,
+    data: str | Path,
+    ct_nodules: str | Path | None,
+    out: str | Path,
+    seed: int = 0,
+    minutes: float = math.inf,
+    device: str = "cpu",
+    prior: LocationPrior | None = None,
+    limit: int | None = None,
+) -> Path:
+    """Trains stage 1, or goes on with it, and writes the averaged generator; gives its folder.
+
+    Args:
+        preset: the numbers.
+        data: ChestX-ray14's layout with a train split.
+        ct_nodules: templates.npz, or None to train without superimposed nodules.
+        out: the run's folder.
+        seed: of everything random.
+        minutes: stop after so long (the same command goes on later).
+        device: "cpu" or "cuda".
+        prior: of the masks; the bundled one by default.
+        limit: at most so many normal films (for trials).
+    """
+    where = torch.device(device)
+    config = ARCHITECTURES[preset.architecture]
+    numbers = {k: v for k, v in preset.to_dict().items() if k != "images"}  # a run may be prolonged
+    recipe = {"preset": numbers, "architecture": config.to_dict(), "seed": seed, "ct_nodules": ct_nodules is not None}
+    run = Run(out, recipe)
+    prior = prior or LocationPrior.bundled()
+    ct = CTNodules(ct_nodules) if ct_nodules is not None else None
+    films = read_films(data, config.image_size, limit=limit).to(where)
+
+    # Networks, optimizers, where the last run stopped.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(seed))
+        networks = Networks(preset)
+    networks = networks.to(where, memory_format=torch.channels_last)
+    judges = [p for d in networks.discriminators() for p in d.parameters()]
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "generator": torch.optim.Adam(networks.generator.parameters(), preset.learning_rate, preset.betas),
+        "discriminators": torch.optim.Adam(judges, preset.learning_rate, preset.betas),
+    }
+    images_seen = 0
+    if (state := run.load()) is not None:
+        images_seen = state["images_seen"]
+        networks.load_state_dict(state["networks"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+    # The same 8 noises and masks in every picture.
+    fixed = torch.Generator().manual_seed(fold(seed, 1))
+    fixed_noise = torch.randn(8, config.noise_dim, generator=fixed).to(where)
+    fixed_boxes = prior.sample(8, generator=fixed, image_size=config.image_size).boxes
+    fixed_masks = boxes_to_masks(fixed_boxes, config.image_size).to(where)
+
+    def snapshot() -> Path:
+        state = {
+            "images_seen": images_seen,
+            "networks": networks.state_dict(),
+            "optimizers": {k: o.state_dict() for k, o in optimizers.items()},
+        }
+        run.save(state, images_seen)
+        averaged = networks.average.module.eval()
+        with torch.no_grad():
+            nodule = averaged.pyramid(fixed_noise, fixed_masks, scales=scales)[-1]
+            normal = averaged.pyramid(fixed_noise, torch.zeros_like(fixed_masks), scales=scales)[-1]
+        masks = F.adaptive_avg_pool2d(fixed_masks, nodule.shape[-1]) * 2 - 1
+        sheet = torch.cat([normal, nodule, ((nodule - normal) * 4).clamp(-1, 1), masks])
+        save_image(sheet, run.folder / f"samples-{images_seen:09d}.png", nrow=8, normalize=True, value_range=(-1, 1))
+        return export(networks, preset, run, films, images_seen)
+
+    autocast = torch.autocast(where.type, torch.bfloat16)
+    started, last_log, first = time.monotonic(), 0.0, images_seen
+    networks.train()
+    scales = config.branches
+    with tqdm(total=preset.images, initial=images_seen, unit="image", desc=preset.architecture) as bar:
+        while images_seen < preset.images and time.monotonic() - started < 60 * minutes:
+            grown = sum(images_seen >= at for at in preset.grow_at)
+            scales = config.branches - len(preset.grow_at) + grown
+            batch = draw_batch(films, prior, ct, preset, seed=seed, images_seen=images_seen)
+            stream = torch.Generator().manual_seed(fold(seed, images_seen, 2))
+            losses = train_step(networks, optimizers, batch, preset, scales=scales, generator=stream, autocast=autocast)
+            if not all(map(math.isfinite, losses.values())):
+                raise FloatingPointError(f"a loss is not finite after {images_seen} images: {losses}")
+            images_seen += preset.batch
+            bar.update(preset.batch)
+            if time.monotonic() - last_log > 20:
+                last_log = time.monotonic()
+                rate = (images_seen - first) / (last_log - started)
+                run.log(
+                    images=images_seen,
+                    scales=scales,
+                    images_per_s=round(rate, 2),
+                    **{k: round(v, 4) for k, v in losses.items()},
+                )
+            if images_seen % preset.snapshot_images < preset.batch:
+                snapshot()
+    return snapshot()
+
+
+def export(networks: Networks, preset: GANPreset, run: Run, films: Films, images_seen: int) -> Path:
+    """Writes the averaged generator as safetensors with its recipe; gives the folder."""
+    generator = NoduleGenerator(ARCHITECTURES[preset.architecture])
+    generator.load_state_dict(networks.average.module.state_dict())
+    folder = run.folder / "export"
+    generator.save_pretrained(
+        folder,
+        training_data=(
+            f"NIH ChestX-ray14 (Wang et al. 2017; NIH Clinical Center), train split of a 3,478-image subset at 256 px: "
+            f"{len(films.normal)} normal and {len(films.nodule)} nodule films, {len(films.boxed)} of them boxed"
+            + ("; CT nodules of LUNA16 / LIDC-IDRI superimposed on normal films" if run.recipe["ct_nodules"] else "")
+        ),
+        recipe={**run.recipe, "images_seen": images_seen, "stage": 1},
+        git_commit=git_commit(),
+    )
+    return folder
+
+
+def main() -> None:
+    """Runs the recipe from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="fast128")
+    parser.add_argument("--data", required=True, help="a folder in ChestX-ray14's layout, with split.csv")
+    parser.add_argument("--ct-nodules", help="templates.npz of CT nodules in projection")
+    parser.add_argument("--out", required=True, help="the run's folder; the same folder resumes")
+    parser.add_argument("--images", type=int, help="real images to show, in place of the preset's")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    if args.images is not None:
+        preset = replace(preset, images=args.images)
+    folder = train_gan(
+        preset,
+        data=args.data,
+        ct_nodules=args.ct_nodules,
+        out=args.out,
+        seed=args.seed,
+        minutes=args.minutes,
+        device=args.device,
+    )
+    print(f"weights: {folder}")
+
+
+if __name__ == "__main__":
+    main()
