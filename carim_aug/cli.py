@@ -26,6 +26,7 @@ from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold, stream
 from carim_aug.mix import SyntheticNoduleMix
 from carim_aug.models.generator import ARCHITECTURES
+from carim_aug.plan import MixParams
 from carim_aug.plots import batch_sheet, contact_sheet, save_picture, stacked
 from carim_aug.prior import LocationPrior
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=run)
         if run is not fit_prior:
             added.add_argument("--weights", metavar="FOLDER|HUB_ID", help="weights and prior; default: the bundled")
+            added.add_argument("--prior", type=Path, metavar="FILE", help="in place of the prior beside the weights")
         return added
 
     demo_ = command("demo", demo, "Train a small classifier on drawn phantoms with synthetic nodules mixed in.")
@@ -100,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _mix(arguments: argparse.Namespace, **options: Any) -> SyntheticNoduleMix:
+    prior = None if arguments.prior is None else LocationPrior.load(arguments.prior)
+    return SyntheticNoduleMix.from_pretrained(arguments.weights, prior=prior, **options)
+
+
 # --- demo ---
 def demo(arguments: argparse.Namespace) -> None:
     """Does the main job on phantoms: counts, mixed loader, a few training steps, a picture."""
@@ -108,11 +115,10 @@ def demo(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--batches must be at least 1, got {arguments.batches}")
     device = torch.device(_device())
     dataset = PhantomChest(240, size=128, nodule_fraction=0.1, seed=arguments.seed)
-    print("Data: 240 drawn phantoms of a chest, not X-rays: this shows how it works, not how well.")
     # Both classes are added: with synthetic nodules alone the classifier would learn 'generated texture = nodule'.
-    mix = SyntheticNoduleMix.from_pretrained(
-        arguments.weights, n_synthetic={"Nodule": 72, "No Finding": 72}, seed=arguments.seed, device=device
-    )
+    added = {"Nodule": 72, "No Finding": 72}
+    mix = _mix(arguments, n_synthetic=added, seed=arguments.seed, device=device)
+    print("Data: 240 drawn phantoms of a chest, not X-rays: this shows how it works, not how well.")
     print(f"\n{'class':<12}{'real':>8}{'synthetic':>12}{'after':>8}   (real: here drawn)")
     for name, row in mix.class_counts(dataset).items():
         print(f"{name:<12}{row['real']:>8}{row['synthetic']:>12}{row['total']:>8}")
@@ -123,7 +129,7 @@ def demo(arguments: argparse.Namespace) -> None:
         classifier = _classifier().to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
     losses: list[float] = []
-    made = 0
+    seen: list[MixParams] = []
     with tqdm(total=arguments.batches, unit="batch", desc="training") as bar:
         while len(losses) < arguments.batches:
             for images, labels in loader:
@@ -133,9 +139,8 @@ def demo(arguments: argparse.Namespace) -> None:
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
-                params = loader.last_params
-                assert params is not None, "the loader sets it with each batch"
-                made += int(params.synthetic.sum())
+                assert loader.last_params is not None, "set with each batch"
+                seen.append(loader.last_params)
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
                 bar.update()
                 if len(losses) == arguments.batches:
@@ -143,10 +148,12 @@ def demo(arguments: argparse.Namespace) -> None:
 
     path = arguments.out / "demo.png"
     sheet = contact_sheet(mix, seed=arguments.seed, n=4)
-    save_picture(stacked(sheet, batch_sheet(images, params, size=sheet.width // 11 - 4, per_row=11)), path)
+    save_picture(stacked(sheet, batch_sheet(images, seen[-1], size=sheet.width // 11 - 4, per_row=11)), path)
+    made = sum(int(params.synthetic.sum()) for params in seen)
     rate = _images_per_second(mix.generator, device)
-    print(f"\nTrained {len(losses)} batches of 32, {made} images in them synthetic: loss {losses[0]:.3f} at the first")
-    print(f"batch, {losses[-1]:.3f} at the last.")
+    first, last = np.mean(losses[:4]), np.mean(losses[-4:])
+    print(f"\nTrained {len(losses)} batches of 32; {made} of the images in them synthetic.")
+    print(f"Loss, mean of four batches: first {first:.3f}, last {last:.3f}.")
     print(f"Generation alone: {rate:.0f} images/s of {mix.generator.image_size} px on {device}.")
     print(f"Picture: {path}")
     print(f"Done in {time.perf_counter() - started:.0f} s. {NOTICE}")
@@ -181,7 +188,7 @@ def preview(arguments: argparse.Namespace) -> None:
     """Draws the contact sheet."""
     if arguments.n < 1:
         raise ValueError(f"--n must be at least 1, got {arguments.n}")
-    mix = SyntheticNoduleMix.from_pretrained(arguments.weights, seed=arguments.seed)
+    mix = _mix(arguments, seed=arguments.seed)
     real = _real_images(arguments)
     save_picture(contact_sheet(mix, real, n=arguments.n, seed=arguments.seed), arguments.out)
     print(f"{arguments.out}: {arguments.n} rows, {'no' if real is None else len(real)} real images. {NOTICE}")
@@ -213,7 +220,7 @@ def _real_images(arguments: argparse.Namespace) -> Tensor | None:
 # --- info ---
 def info(arguments: argparse.Namespace) -> None:
     """Tells what is installed and what the weights are."""
-    mix = SyntheticNoduleMix.from_pretrained(arguments.weights)
+    mix = _mix(arguments)
     generator, prior = mix.generator, mix.prior
     said = generator.provenance
     named = [name for name, config in ARCHITECTURES.items() if config == generator.config]

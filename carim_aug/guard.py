@@ -1,5 +1,7 @@
 """A guard for validation and test sets: nothing synthetic may be in them (DESIGN 2)."""
 
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,7 +20,8 @@ class SyntheticDataError(ValueError):
 def assert_real_only(data: Any) -> None:
     """Does nothing if a data set or loader gives real samples only.
 
-    Looks into Subset, ConcatDataset, DataLoader and transforms; what a custom class hides elsewhere it cannot see.
+    Looks into Subset, ConcatDataset, DataLoader, transforms, attributes, and the variables that a function such as a
+    collate_fn uses; what is hidden deeper it cannot see.
 
     Args:
         data: a data set, loader, transform or list of them.
@@ -51,8 +54,30 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
         for i, part in enumerate(thing):
             _walk(part, f"{path}[{i}]", seen)
         return
+    for name, part in _variables(thing).items():
+        if isinstance(part, SyntheticNoduleMix | MixLoader | MixedDataset | PlannedDataset):
+            _walk(part, f"{path}.{name}", seen)
     names = ("dataset", "collate_fn") if isinstance(thing, DataLoader) else _INNER
     for name in names:
         inner = getattr(thing, name, None)
         if inner is not None:
             _walk(inner, f"{path}.{name}", seen)
+
+
+def _variables(thing: Any) -> dict[str, Any]:
+    """What an object holds by name: attributes, or the variables and bound arguments of a function."""
+    if isinstance(thing, partial):
+        return {**_variables(thing.func), **dict(zip(map(str, range(len(thing.args))), thing.args, strict=True))}
+    if not isinstance(thing, FunctionType):
+        return getattr(thing, "__dict__", {})
+    code, cells = thing.__code__, thing.__closure__ or ()
+    used = {name: thing.__globals__[name] for name in code.co_names if name in thing.__globals__}
+    inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True) if _filled(cell)}
+    return used | inner
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that is assigned later
+        return False

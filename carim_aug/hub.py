@@ -4,7 +4,9 @@ Nothing is ever unpickled. What a file says of itself (architecture, value range
 checked on loading, and so is a SHA-256 of its tensors and texts: safetensors does not notice a flipped bit (EVIDENCE).
 """
 
+import copy
 import json
+import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator
 from carim_aug.sealed import digest, read_sealed, write_sealed
@@ -53,15 +56,28 @@ class NoduleGenerator(
                 raise ValueError(f"config must be one of {sorted(ARCHITECTURES)}, got {config!r}")
             config = ARCHITECTURES[config]
         elif isinstance(config, Mapping):
-            config = GeneratorConfig(**config)
+            fields = dict(config)
+            try:
+                config = GeneratorConfig(**fields)
+            except TypeError as error:
+                raise ValueError(f"config must hold GeneratorConfig's fields, got {fields}: {error}") from error
+        elif not isinstance(config, GeneratorConfig):
+            raise TypeError(f"config must be a GeneratorConfig, a dict or a name, got {type(config).__name__}")
         super().__init__(config)
         self._hub_mixin_config = config
         self.provenance: dict[str, Any] = {}
+        self._hashed: tuple[Any, str] = (None, "")
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 of all tensors: names, types, shapes and values, as hex."""
-        return digest(_arrays(self), {})
+        """SHA-256 of all tensors: names, types, shapes and values, as hex; worked out again when one has changed."""
+        tensors = (*self.parameters(), *self.buffers())
+        # Tensors made in inference mode count no versions: no change of theirs can be seen, so they are hashed anew.
+        seen = not any(tensor.is_inference() for tensor in tensors)
+        now = [(tensor.data_ptr(), tensor._version) for tensor in tensors] if seen else None
+        if now is None or self._hashed[0] != now:
+            self._hashed = now, digest(_arrays(self), {})
+        return self._hashed[1]
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -79,21 +95,29 @@ class NoduleGenerator(
             training_data: what the weights were trained on; kept from before if None.
             recipe: plain JSON types; kept from before if None.
             git_commit: of the training code; kept from before if None.
-            options: what `ModelHubMixin.save_pretrained` takes.
+            options: what `ModelHubMixin.save_pretrained` takes; `model_card_kwargs` are entries of the card's head,
+                such as {"datasets": ["name"]}.
 
         Returns:
             The commit's address if it was pushed to the hub.
 
         Raises:
-            WeightsError: a tensor is not finite.
+            WeightsError: a tensor is not finite, or not float32.
+            TypeError: recipe is not of plain JSON types.
         """
         given = {"training_data": training_data, "recipe": recipe, "git_commit": git_commit}
-        self.provenance = {**self.provenance, **{k: v for k, v in given.items() if v is not None}}
+        told = {k: v for k, v in given.items() if v is not None}
+        self.provenance = {**self.provenance, **json.loads(json.dumps(told))}
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        kinds = {tensor.dtype for tensor in self.state_dict().values() if tensor.is_floating_point()}
+        if kinds != {torch.float32}:
+            raise WeightsError(
+                f"weights must be float32 to be saved, got {sorted(map(str, kinds))}: call .float() first"
+            )
         arrays = _arrays(self)
-        _check_finite(arrays, "these weights")
+        _check_finite(arrays, "these weights", "train again from the last good checkpoint")
         self.provenance = {**self.provenance, "carim_aug": _version()}
         texts = {
             "format": FORMAT,
@@ -101,9 +125,15 @@ class NoduleGenerator(
             "architecture": json.dumps(self.config.to_dict()),
             "value_range": json.dumps(self.value_range),
             "provenance": json.dumps(self.provenance),
-            "tensors_sha256": digest(arrays, {}),
+            "tensors_sha256": self.weights_hash,
         }
-        write_sealed(save_directory / FILE, arrays, texts)
+        # Written aside and moved into place: a save that is cut off leaves the former weights whole.
+        part = save_directory / f".{FILE}.{os.getpid()}.part"
+        try:
+            write_sealed(part, arrays, texts)
+            part.replace(save_directory / FILE)
+        finally:
+            part.unlink(missing_ok=True)
         (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
     @classmethod
@@ -143,16 +173,17 @@ class NoduleGenerator(
         described = path.with_name(CONFIG)
         if described.exists():
             _check_config(described, config)
-        generator = _untrained(config)
+        generator = _empty(cls, config)
         _check_names(path, arrays, generator.state_dict())
-        _check_finite(arrays, str(path))
-        generator.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True)
-        generator.provenance = json.loads(texts.get("provenance", "{}"))
+        _check_finite(arrays, str(path), ADVICE)
+        state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        generator.load_state_dict(state, strict=True, assign=True)
+        generator.provenance = json.loads(texts["provenance"])
         return generator.eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Gives a card with the data, the recipe and the limits."""
-        data = self._hub_mixin_info.model_card_data
+        """Gives a card with the data, the recipe and the limits; keyword arguments become entries of its head."""
+        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), **kwargs})
         facts = {
             "Architecture": json.dumps(self.config.to_dict()),
             "Training data": self.provenance.get("training_data", "none: untrained"),
@@ -168,13 +199,14 @@ class NoduleGenerator(
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as architecture and tensors: a module under spectral norm cannot be pickled whole."""
-        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
-        return _rebuild, (self.config, state, self.provenance, self.training)
+        modes = [module.training for module in self.modules()]
+        frozen = [not parameter.requires_grad for parameter in self.parameters()]
+        return _rebuild, (type(self), self.config, dict(self.state_dict()), self.provenance, modes, frozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoduleGenerator":
         """Copies as architecture and tensors, so that the copy shares no class with the original (EVIDENCE)."""
-        state = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
-        return _rebuild(self.config, state, dict(self.provenance), self.training)
+        rebuild, (kind, *parts) = self.__reduce__()
+        return rebuild(kind, *copy.deepcopy(parts, memo))
 
 
 def fetch(
@@ -237,24 +269,45 @@ def fetch(
             f"{name}: {filename} is not in the local cache and the hub was not asked or not reached: "
             "go online once, or give a folder"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client's HTTP library differs between versions, and so do its exceptions
         raise WeightsError(
             f"{name}: {filename} cannot be had from the hub at revision {revision!r}: {error}"
         ) from error
 
 
-def _untrained(config: GeneratorConfig) -> NoduleGenerator:
-    with torch.random.fork_rng(devices=[]):  # the values are overwritten: the global random state stays as it was
-        return NoduleGenerator(config)
+class _NoInitialValues(TorchFunctionMode):
+    """Skips what takes seconds when a spectrally normalised network is made: its power iterations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.mv:
+            return args[0].new_empty(args[0].shape[0])
+        if func is torch.nn.functional.normalize:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _empty(kind: type[NoduleGenerator], config: GeneratorConfig) -> NoduleGenerator:
+    # Without values, to be loaded with assign=True: no time goes into initialising, and no random number is drawn.
+    with torch.device("meta"), _NoInitialValues():
+        return kind(config)
 
 
 def _rebuild(
-    config: GeneratorConfig, state: dict[str, Tensor], provenance: dict[str, Any], training: bool
+    kind: type[NoduleGenerator],
+    config: GeneratorConfig,
+    state: dict[str, Tensor],
+    provenance: dict[str, Any],
+    modes: list[bool],
+    frozen: list[bool],
 ) -> NoduleGenerator:
-    generator = _untrained(config).to(next(iter(state.values())).device)
-    generator.load_state_dict(state, strict=True)
+    generator = _empty(kind, config)
+    generator.load_state_dict(state, strict=True, assign=True)
     generator.provenance = provenance
-    return generator.train(training)
+    for module, mode in zip(generator.modules(), modes, strict=True):
+        module.training = mode
+    for parameter, still in zip(generator.parameters(), frozen, strict=True):
+        parameter.requires_grad_(not still)
+    return generator
 
 
 def _arrays(generator: MultiScaleGenerator) -> dict[str, np.ndarray[Any, Any]]:
@@ -269,9 +322,10 @@ def _version() -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
+    # A safetensors file starts with the length of its header, 8 bytes; its first two may look like a pickle's.
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+        start = file.read(8)
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[4:] != bytes(4)):
         raise WeightsError(
             f"{path} is a pickle under a wrong name, which is never loaded here: {ADVICE} as safetensors"
         )
@@ -295,8 +349,11 @@ def _architecture(path: Path, texts: Mapping[str, str]) -> GeneratorConfig:
     try:
         config = GeneratorConfig(**json.loads(texts["architecture"]))
         value_range = tuple(json.loads(texts["value_range"]))
+        known = isinstance(json.loads(texts["provenance"]), dict)
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} does not say its architecture and value range ({error}): {ADVICE}") from error
+        raise WeightsError(f"{path} does not say what it holds and where it is from ({error}): {ADVICE}") from error
+    if not known:
+        raise WeightsError(f"{path} must have a JSON object as its provenance, got {texts['provenance']}: {ADVICE}")
     if value_range != MultiScaleGenerator.value_range:
         raise WeightsError(f"{path} must have the value range {MultiScaleGenerator.value_range}, got {value_range}")
     return config
@@ -326,7 +383,7 @@ def _check_names(path: Path, arrays: Mapping[str, Any], wanted: Mapping[str, Ten
             )
 
 
-def _check_finite(arrays: Mapping[str, np.ndarray[Any, Any]], where: str) -> None:
+def _check_finite(arrays: Mapping[str, np.ndarray[Any, Any]], where: str, advice: str) -> None:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise WeightsError(f"{where}: {name!r} must be finite, got NaN or infinity: {ADVICE}")
+            raise WeightsError(f"{where}: {name!r} must be finite, got NaN or infinity: {advice}")

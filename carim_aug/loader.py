@@ -10,8 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 
 from carim_aug.insertion import insert, relabel
 from carim_aug.keys import fold
-from carim_aug.layouts import check_images
-from carim_aug.plan import MixParams, Slot
+from carim_aug.layouts import Layout, LayoutError, check_images
+from carim_aug.plan import MixParams, Slot, check_epoch, check_state
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
 from carim_aug.wrapped import PlannedDataset
@@ -55,8 +55,13 @@ class MixLoader:
         **options: Any,
     ) -> None:
         """Makes the inner DataLoader; nothing is loaded yet."""
-        if batch_sampler is None and (batch_size is None or batch_size < 1):
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}: without batches use mix.wrap(dataset)")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"batch_size must be an integer of at least 1, got {batch_size!r}: without batches use "
+                "mix.wrap(dataset)"
+            )
+        if batch_sampler is not None and (batch_size != 1 or shuffle or sampler is not None or drop_last):
+            raise ValueError("batch_sampler must be given without batch_size, shuffle, sampler and drop_last")
         if "generator" in options:
             raise TypeError(
                 "generator is not taken: the order of an epoch comes from the mix's seed and the epoch alone"
@@ -65,28 +70,30 @@ class MixLoader:
             raise ValueError("shuffle must be False with a sampler, got True")
         self._planned, self._renderer, self._range = planned, renderer, value_range
         self._weights_hash, self._on_batch = weights_hash, on_batch
-        self._generator = torch.Generator()
+        # The order has a generator of its own: DataLoader draws from the other one, but not at every epoch.
+        self._order, self._seeds = torch.Generator(), torch.Generator()
         if batch_sampler is None:
             if sampler is None:
                 sampler = (
-                    RandomSampler(planned, generator=self._generator)  # type: ignore[arg-type]
+                    RandomSampler(planned, generator=self._order)  # type: ignore[arg-type]
                     if shuffle
                     else SequentialSampler(planned)  # type: ignore[arg-type]
                 )
-            batch_sampler = BatchSampler(sampler, batch_size or 1, drop_last)
-        self._samplers = (sampler, batch_sampler)
+            batch_sampler = BatchSampler(sampler, batch_size, drop_last)
+        self._samplers = (getattr(batch_sampler, "sampler", None), batch_sampler)
         self._batches = _FromStep(batch_sampler)
         self.loader = DataLoader(
             planned,
             batch_sampler=self._batches,
             collate_fn=_Collate(collate_fn or default_collate),
-            generator=self._generator,
+            generator=self._seeds,
             **options,
         )
         self.last_params: MixParams | None = None
         self._epoch, self._step = 0, 0  # of the batch handed out last
-        self._next = 0  # epoch of the next iteration
-        self._skip = 0
+        self._next, self._skip = 0, 0  # where the next iteration starts
+        self._at_start = True  # of the next iteration; False: in the one that handed out a batch last
+        self._running: object = None
 
     @property
     def dataset(self) -> PlannedDataset:
@@ -103,63 +110,63 @@ class MixLoader:
         return len(self._batches.batches)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration this epoch, from its start."""
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
-        self._next, self._skip = int(epoch), 0
+        """Makes the next iteration this epoch, from its start; or from the step that was loaded for this very epoch."""
+        epoch = check_epoch(epoch)
+        if epoch != self._next:
+            self._skip = 0
+        self._next, self._at_start = epoch, True
 
     def state_dict(self) -> dict[str, int]:
         """Gives where the loader stands: seed, epoch, and step, the batches of the epoch already handed out."""
-        if self._skip:  # loaded, not yet iterated
-            return {"seed": self._planned.planner.seed, "epoch": self._next, "step": self._skip}
-        if self._step and self._next == self._epoch + 1:
-            if self._step < len(self):
-                return {"seed": self._planned.planner.seed, "epoch": self._epoch, "step": self._step}
-        return {"seed": self._planned.planner.seed, "epoch": self._next, "step": 0}
+        epoch, step = (self._next, self._skip) if self._at_start else (self._epoch, self._step)
+        if step >= len(self):
+            epoch, step = epoch + 1, 0
+        return {"seed": self._planned.planner.seed, "epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Makes the next iteration go on from there; the batches already seen are not loaded again.
 
         Raises:
+            TypeError: no mapping.
             ValueError: the state is of another seed, or of no such loader.
         """
-        missing = {"seed", "epoch", "step"} - set(state)
-        if missing:
-            raise ValueError(f"state must have seed, epoch and step, got {sorted(state)}")
-        if state["seed"] != self._planned.planner.seed:
-            raise ValueError(f"state is of seed {state['seed']}, this mix has seed {self._planned.planner.seed}")
-        if not 0 <= state["step"] <= len(self):
-            raise ValueError(f"step must be in [0, {len(self)}], got {state['step']}")
-        self._next, self._skip, self._step = int(state["epoch"]), int(state["step"]), 0
-        if self._skip == len(self):
-            self._next, self._skip = self._next + 1, 0
+        epoch, step = check_state(state, self._planned.planner.seed)
+        if step > len(self):
+            raise ValueError(f"step must be in [0, {len(self)}], got {step}")
+        self._next, self._skip, self._at_start, self._running = epoch, step, True, None
+        if step == len(self):
+            self._next, self._skip = epoch + 1, 0
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         """Gives real, synthetic and total samples per class of the next iteration's epoch."""
-        before = int(self._planned.epoch)
-        self._planned.epoch.fill_(self._next)
-        try:
-            return self._planned.class_counts()
-        finally:
-            self._planned.epoch.fill_(before)
+        return self._planned.class_counts(self._next)
 
     def __iter__(self) -> Iterator[Any]:
         """Goes through one epoch."""
         epoch, skip = self._next, self._skip
         self._epoch, self._step, self._next, self._skip = epoch, skip, epoch + 1, 0
         self._planned.epoch.fill_(epoch)
-        self._generator.manual_seed(fold(self._planned.planner.seed, epoch))
+        for generator in (self._order, self._seeds):
+            generator.manual_seed(fold(self._planned.planner.seed, epoch))
         for sampler in self._samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)  # type: ignore[union-attr]
         self._batches.start = skip
-        for batch, params in self._ahead(iter(self.loader)):
-            if self._epoch != epoch:
-                raise RuntimeError("this iteration ended when another one was started on the same loader")
+        self._at_start, self._running = False, object()
+        return self._run(self._running, iter(self.loader))
+
+    def _run(self, run: object, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch, params in self._ahead(batches):
             self._step += 1
-            self.last_params = params
+            self._at_start, self.last_params = False, params
             self._on_batch(params)
             yield batch
+            if self._running is not run:
+                raise RuntimeError(
+                    "this iteration ended when the loader was given a state or began another iteration: "
+                    "make one loader for each loop that runs at the same time"
+                )
+        self._at_start = True
 
     def _ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, MixParams]]:
         """Renders each batch; on CUDA one batch ahead of its use, on a stream of its own."""
@@ -171,6 +178,10 @@ class MixLoader:
         side = torch.cuda.Stream(device)
         waiting: tuple[Any, MixParams, torch.cuda.Event] | None = None
         for batch, slots in batches:
+            # Wait only for batches that a collate_fn put on the device; else training and rendering overlap.
+            for tensor in self._on_cuda(batch):
+                side.wait_stream(torch.cuda.current_stream(device))
+                tensor.record_stream(side)
             with torch.cuda.stream(side):
                 mixed, params = self._mixed(batch, slots)
                 done = torch.cuda.Event()
@@ -183,27 +194,40 @@ class MixLoader:
 
     def _hand_over(self, waiting: tuple[Any, MixParams, torch.cuda.Event]) -> tuple[Any, MixParams]:
         batch, params, done = waiting
-        done.synchronize() if not self._image_of(batch).is_cuda else torch.cuda.current_stream().wait_event(done)
-        if self._image_of(batch).is_cuda:
-            self._image_of(batch).record_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self._renderer.device)
+        current.wait_event(done)
+        for tensor in self._on_cuda(batch):
+            tensor.record_stream(current)
         return batch, params
 
-    def _image_of(self, batch: Any) -> Tensor:
-        return torch.as_tensor(self._planned.layout.get(batch)[0])
+    def _on_cuda(self, batch: Any) -> list[Tensor]:
+        found = self._layout_of(batch).get(batch)
+        return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_cuda]
+
+    def _layout_of(self, batch: Any) -> Layout:
+        """Where image and label are in a batch: as in a sample, unless a collate_fn of the user's moves them."""
+        try:
+            self._planned.layout.get(batch)
+        except LayoutError:
+            return Layout.of(batch)
+        return self._planned.layout
 
     def _mixed(self, batch: Any, slots: tuple[Slot, ...]) -> tuple[Any, MixParams]:
-        planned = self._planned
-        images, labels = planned.layout.get(batch)
+        planned, layout = self._planned, self._layout_of(batch)
+        images, labels = layout.get(batch)
         check_images(images, batch=True)
         pixels = torch.as_tensor(images).as_subclass(Tensor)
         self._range.check(pixels)
+        if len(pixels) != len(slots):
+            raise ValueError(f"collate_fn must keep all {len(slots)} samples of a batch, got {len(pixels)} images")
         size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        params = MixParams(slots, planned.insertion, size, self._weights_hash)
+        params = MixParams(tuple(slots), planned.insertion, size, self._weights_hash)
         if not any(slot.synthetic for slot in slots):
             return batch, params
+        planned.policy.check(labels)
         new = insert(pixels, slots, insertion=planned.insertion, renderer=self._renderer, value_range=self._range)
         marked = relabel(labels, slots, insertion=planned.insertion, policy=planned.policy)
-        return planned.layout.put(batch, new, marked), params
+        return layout.put(batch, new, marked), params
 
 
 class _FromStep(Sampler[list[int]]):

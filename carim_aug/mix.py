@@ -1,11 +1,12 @@
 """`SyntheticNoduleMix`: synthetic lung nodules in a classifier's batches, used as v2.CutMix is (DESIGN 2)."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
@@ -16,7 +17,7 @@ from carim_aug.labels import LabelPolicy
 from carim_aug.layouts import Layout, check_images
 from carim_aug.loader import MixLoader
 from carim_aug.masks import boxes_to_masks
-from carim_aug.plan import INSERTIONS, MixParams, Planner, check_chances, check_counts
+from carim_aug.plan import INSERTIONS, MixParams, Planner, added_counts, check_chances, check_epoch, check_state
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
@@ -105,10 +106,8 @@ class SyntheticNoduleMix(v2.Transform):
         chances = {} if p is None else check_chances(p, self._policy)
         if insertion == "graft" and chances.get(self._policy.normal, 0) > 0:
             raise ValueError(f"p must not name {self._policy.normal!r} with insertion='graft', which adds nodules only")
-        if n_synthetic is not None:
-            check_counts("n_synthetic", n_synthetic, self._policy)
-        if isinstance(sampling_strategy, Mapping):
-            check_counts("sampling_strategy", sampling_strategy, self._policy)
+        if not callable(sampling_strategy):  # words, numbers and classes can be checked before there are counts
+            added_counts({}, self._policy, n_synthetic=n_synthetic, sampling_strategy=sampling_strategy)
 
         self.p: float | Mapping[str, float] | None = p
         self.n_synthetic, self.sampling_strategy = n_synthetic, sampling_strategy
@@ -117,7 +116,7 @@ class SyntheticNoduleMix(v2.Transform):
         # Held in a tuple: a module attribute would make the generator part of a user's model.
         self._held = (generator, prior)
         self._renderer = Renderer(generator, device=device, dtype=dtype, batch_size=render_batch_size, compile=compile)
-        self._planner = Planner(prior, seed=seed, nodule=self._policy.nodule, chances=chances)
+        self._hash: str | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._enabled = torch.ones((), dtype=torch.bool).share_memory_()
         self._step = 0
@@ -180,6 +179,18 @@ class SyntheticNoduleMix(v2.Transform):
     def enabled(self, value: bool) -> None:
         self._enabled.fill_(bool(value))
 
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the generator's tensors, taken once."""
+        if self._hash is None:
+            self._hash = self.generator.weights_hash
+        return self._hash
+
+    @property
+    def _planner(self) -> Planner:
+        chances = {} if self.p is None else check_chances(self.p, self._policy)
+        return Planner(self.prior, seed=self.seed, nodule=self._policy.nodule, chances=chances)
+
     # --- A and B ---
     def wrap(self, dataset: Dataset) -> MixedDataset:
         """Gives a data set like any other whose items are mixed (B), generated one by one where they are read.
@@ -197,13 +208,13 @@ class SyntheticNoduleMix(v2.Transform):
             batch_size: samples of a batch.
             options: what a DataLoader takes.
         """
-        inner = dataset.dataset if isinstance(dataset, MixedDataset) else dataset
-        planned = self._planned(inner, torch.zeros((), dtype=torch.int64).share_memory_())
+        epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        planned = self._planned(dataset, epoch)
         return MixLoader(
             planned,
             self._renderer,
             self.value_range,
-            weights_hash=self.generator.weights_hash,
+            weights_hash=self.weights_hash,
             on_batch=self._remember,
             batch_size=batch_size,
             **options,
@@ -211,10 +222,13 @@ class SyntheticNoduleMix(v2.Transform):
 
     def class_counts(self, dataset: Dataset) -> dict[str, dict[str, int]]:
         """Gives real, synthetic and total samples per class, before training; see `PlannedDataset.class_counts`."""
-        inner = dataset.dataset if isinstance(dataset, MixedDataset) else dataset
-        return self._planned(inner, self._epoch).class_counts()
+        return self._planned(dataset, self._epoch).class_counts()
 
     def _planned(self, dataset: Dataset, epoch: Tensor) -> PlannedDataset:
+        if isinstance(dataset, MixedDataset):
+            if dataset.planned.enabled is self._enabled:  # wrapped by this mix: labels are read already
+                return dataset.planned.with_epoch(epoch)
+            dataset = dataset.dataset
         return PlannedDataset(
             dataset,
             self.prior,
@@ -241,19 +255,20 @@ class SyntheticNoduleMix(v2.Transform):
             flat_inputs: images (B, C, H, W) and labels (B,) or (B, C).
         """
         images, labels = flat_inputs
-        policy = self._policy.resolve(labels, batch=True)
+        policy, planner = self._policy.resolve(labels, batch=True), self._planner
         if self.eligible is not None:
             allowed = [bool(self.eligible(label)) for label in labels]
         else:
             allowed = [name == policy.normal for name in policy.classes_of(labels)]
-        worker = get_worker_info()
-        more = () if worker is None else (worker.seed,)  # each worker counts its own steps
+        # Each rank and each worker counts its own steps, so their keys must differ.
+        worker, rank = get_worker_info(), _rank()
+        more = (() if rank == 0 else (rank,)) if worker is None else (rank, worker.seed)
         epoch, start = int(self._epoch), self._step
         slots = tuple(
-            self._planner.decide((self.seed, epoch, start + i, *more), i, eligible=ok) for i, ok in enumerate(allowed)
+            planner.decide((self.seed, epoch, start + i, *more), i, eligible=ok) for i, ok in enumerate(allowed)
         )
         self._step += len(slots)
-        return MixParams(slots, self.insertion, tuple(images.shape[-2:]), self.generator.weights_hash)
+        return MixParams(slots, self.insertion, tuple(images.shape[-2:]), self.weights_hash)
 
     def forward(self, *inputs: Any, params: MixParams | None = None) -> Any:
         """Mixes a batch.
@@ -269,6 +284,10 @@ class SyntheticNoduleMix(v2.Transform):
             ValueError: images or labels that break their rules.
             TypeError: no image or label where the layout says.
         """
+        if not inputs:
+            raise TypeError("inputs must be images and labels, or one tuple, list or dict that holds them, got none")
+        if not isinstance(params, MixParams | None):
+            raise TypeError(f"params must be MixParams such as last_params, got {type(params).__name__}")
         sample = inputs if len(inputs) > 1 else inputs[0]
         if not self.enabled:
             return sample
@@ -280,6 +299,7 @@ class SyntheticNoduleMix(v2.Transform):
         layout = Layout.of(sample, self.layout)
         images, labels = layout.get(sample)
         check_images(images, batch=True)
+        size = (int(images.shape[-2]), int(images.shape[-1]))
         pixels = torch.as_tensor(images).as_subclass(Tensor)
         self.value_range.check(pixels)
         policy = self._policy.resolve(labels, batch=True)
@@ -290,6 +310,8 @@ class SyntheticNoduleMix(v2.Transform):
             params = self.make_params([pixels, labels])
         elif len(params.slots) != len(pixels):
             raise ValueError(f"params must be of {len(pixels)} slots, got {len(params.slots)}")
+        else:
+            params = replace(params, size=size, weights_hash=self.weights_hash)
         self.last_params = params
         if not any(slot.synthetic for slot in params.slots):
             return sample
@@ -300,17 +322,20 @@ class SyntheticNoduleMix(v2.Transform):
         return layout.put(sample, mixed, marked)
 
     # --- Provenance and state ---
-    def regenerate(self, key: tuple[int, ...], class_name: str = "Nodule") -> tuple[Tensor, Tensor, Tensor]:
+    def regenerate(self, key: tuple[int, ...], class_name: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Gives a synthetic image again from its key alone.
 
         Args:
             key: (seed, epoch, index), as `MixParams.keys` has it.
-            class_name: of the slot.
+            class_name: of the slot; None: the nodule class.
 
         Returns:
             image (1, S, S) float32 in [-1, 1]; mask (1, S, S) in {0, 1}; boxes (k, 4) XYXY in pixels of S.
         """
-        slot = self._planner.regenerate(tuple(key), self._policy.name_of(class_name))
+        name = self._policy.nodule if class_name is None else self._policy.name_of(class_name)
+        if not self._policy.can_make(name):
+            raise ValueError(f"class_name must be one that the generator makes, got {class_name!r}")
+        slot = self._planner.regenerate(tuple(key), name)
         size = self.generator.image_size
         boxes = slot.boxes_at(size, size)
         image = self._renderer.whole([slot], torch.device("cpu"))[0]
@@ -318,9 +343,7 @@ class SyntheticNoduleMix(v2.Transform):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of `mix(images, labels)` and of all `mix.wrap(...)` data sets; the step goes back to 0."""
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(check_epoch(epoch))
         self._step = 0
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
@@ -338,15 +361,22 @@ class SyntheticNoduleMix(v2.Transform):
         Raises:
             ValueError: a state of another seed, or no such state.
         """
-        if set(state_dict) != {"seed", "epoch", "step"}:
-            raise ValueError(f"state must have seed, epoch and step, got {sorted(state_dict)}")
-        if state_dict["seed"] != self.seed:
-            raise ValueError(f"state is of seed {state_dict['seed']}, this mix has seed {self.seed}")
-        self.set_epoch(int(state_dict["epoch"]))
-        self._step = int(state_dict["step"])
+        epoch, step = check_state(state_dict, self.seed)
+        self.set_epoch(epoch)
+        self._step = step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Shares epoch and switch with workers again: a copy's memory is its own."""
+        super().__setstate__(state)
+        self._epoch.share_memory_()
+        self._enabled.share_memory_()
 
     def extra_repr(self) -> str:
         """Gives the settings that decide."""
         how = {"p": self.p, "n_synthetic": self.n_synthetic, "sampling_strategy": self.sampling_strategy}
         shown = {k: v for k, v in how.items() if v is not None} | {"insertion": self.insertion, "seed": self.seed}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -14,10 +14,11 @@ from carim_aug.masks import boxes_to_masks
 from carim_aug.prior import LocationPrior
 
 INSERTIONS = ("whole", "graft")
+NUMBERS = (int, float, np.integer, np.floating)
 STRATEGIES = ("auto", "minority", "not minority", "not majority", "all")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Slot:
     """One slot of a batch.
 
@@ -43,6 +44,17 @@ class Slot:
     def boxes_at(self, height: int, width: int) -> Tensor:
         """Gives the boxes (k, 4) float32, XYXY in pixels of an image of this size."""
         return torch.tensor(self.boxes * np.array([width, height, width, height], dtype=np.float32))
+
+    def __eq__(self, other: object) -> bool:
+        """Says whether two slots are the same decision, boxes bit for bit."""
+        return isinstance(other, Slot) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        """Gives equal numbers for equal slots."""
+        return hash(self._parts())
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.key, self.class_name, self.noise_seed, self.boxes.tobytes(), self.host
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class Planner:
 
     def draw(self, key: tuple[int, ...], class_name: str, host: int, rng: np.random.Generator) -> Slot:
         """Gives a synthetic slot: noise seed first, then boxes if it is of the nodule class."""
-        noise_seed = int(rng.integers(2**63))
+        noise_seed = rng.bit_generator.random_raw() >> 1  # 63 bits
         boxes = self.prior.draw(rng) if class_name == self.nodule else NO_BOXES
         return Slot(key, class_name, noise_seed, boxes, host)
 
@@ -213,7 +225,7 @@ def added_counts(
             "not minority": [name for name, n in pair.items() if n != smallest],
         }.get(sampling_strategy, list(pair))
         return {name: largest - pair[name] for name in chosen if largest > pair[name]}
-    if isinstance(sampling_strategy, bool) or not isinstance(sampling_strategy, int | float):
+    if isinstance(sampling_strategy, bool) or not isinstance(sampling_strategy, NUMBERS):
         raise TypeError(
             f"sampling_strategy must be a word, a number, a dict or a callable, got {type(sampling_strategy).__name__}"
         )
@@ -239,7 +251,10 @@ def check_counts(argument: str, counts: Any, policy: LabelPolicy) -> dict[str, i
         raise TypeError(f"{argument} must be a dict from class to number, got {type(counts).__name__}")
     checked: dict[str, int] = {}
     for name, n in counts.items():
-        checked[makeable(argument, name, policy)] = _count(argument, name, n)
+        spelled = makeable(argument, name, policy)
+        if spelled in checked:
+            raise ValueError(f"{argument} must name each class once, got {spelled!r} twice")
+        checked[spelled] = _count(argument, name, n)
     return checked
 
 
@@ -253,14 +268,43 @@ def check_chances(p: Any, policy: LabelPolicy) -> dict[str, float]:
     pairs = p.items() if isinstance(p, Mapping) else [(policy.nodule, p)]
     chances: dict[str, float] = {}
     for name, chance in pairs:
-        if isinstance(chance, bool) or not isinstance(chance, int | float | np.floating | np.integer):
+        if isinstance(chance, bool) or not isinstance(chance, NUMBERS):
             raise TypeError(f"p must be a number in [0, 1] or a dict of them, got {chance!r}")
         if not 0 <= chance <= 1:
             raise ValueError(f"p must be in [0, 1], got {chance}")
-        chances[makeable("p", name, policy)] = float(chance)
+        spelled = makeable("p", name, policy)
+        if spelled in chances:
+            raise ValueError(f"p must name each class once, got {spelled!r} twice")
+        chances[spelled] = float(chance)
     if sum(chances.values()) > 1 + 1e-9:
         raise ValueError(f"p must not exceed 1 over all classes together, got {sum(chances.values())}")
     return chances
+
+
+def check_epoch(epoch: Any) -> int:
+    """Gives the epoch as an int, or raises ValueError: it must be an integer in [0, 2**63 - 1]."""
+    if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch < 2**63:
+        raise ValueError(f"epoch must be an integer in [0, 2**63 - 1], got {epoch!r}")
+    return int(epoch)
+
+
+def check_state(state: Any, seed: int) -> tuple[int, int]:
+    """Gives epoch and step of a saved state.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: no seed, epoch and step in it, or another seed.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a dict with seed, epoch and step, got {type(state).__name__}")
+    if set(state) != {"seed", "epoch", "step"}:
+        raise ValueError(f"state must have seed, epoch and step, got {sorted(map(str, state))}")
+    if state["seed"] != seed:
+        raise ValueError(f"state must be of this mix's seed {seed}, got {state['seed']!r}")
+    step = state["step"]
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+    return check_epoch(state["epoch"]), int(step)
 
 
 def makeable(argument: str, name: Any, policy: LabelPolicy) -> str:

@@ -209,7 +209,7 @@ def _hosts(real: Any) -> Tensor:
 def _boxes(slots: Sequence[Slot], size: int | tuple[int, int]) -> list[Tensor]:
     height, width = as_size(size)
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-    return [torch.from_numpy(slot.boxes) * scale for slot in slots]
+    return [torch.tensor(slot.boxes) * scale for slot in slots]
 
 
 def _gain(differences: Tensor) -> int:

@@ -39,10 +39,13 @@ class Renderer:
         compile: bool = False,
     ) -> None:
         """Keeps the settings; the generator is rebuilt for inference at the first call on a device."""
-        if batch_size < 1:
-            raise ValueError(f"render_batch_size must be at least 1, got {batch_size}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"render_batch_size must be an integer of at least 1, got {batch_size!r}")
         self.generator = generator
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be a torch.device or its name, got {device!r}: {error}") from None
         self.dtype = dtype or torch.float32
         self.batch_size, self.compile = batch_size, compile
         self._ready: dict[torch.device, CompiledGenerator] = {}

@@ -1,6 +1,9 @@
 """A data set with synthetic samples in it: decisions keyed by index, rendered later (loader) or per item (wrap)."""
 
-from collections.abc import Callable, Mapping
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -10,9 +13,9 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from carim_aug.insertion import insert
-from carim_aug.labels import LabelPolicy
+from carim_aug.labels import LabelError, LabelPolicy
 from carim_aug.layouts import Layout, check_images
-from carim_aug.plan import Planner, Slot, added_counts, check_chances
+from carim_aug.plan import Planner, Slot, added_counts, check_chances, check_epoch
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
@@ -69,20 +72,26 @@ class PlannedDataset(Dataset):
         self._count = len(dataset)  # type: ignore[arg-type]
 
         # Settle layout and labels on the first sample.
-        first = dataset[0]
+        with random_states_kept():  # the user's transforms may draw
+            first = dataset[0]
         self.layout = Layout.of(first, layout)
         image, label = self.layout.get(first)
         check_images(image, batch=False)
-        self.policy = policy.named_by(dataset).resolve(label, batch=False)
+        self.policy = named(policy, dataset).resolve(label, batch=False)
         self.policy.check(label, batch=False)
         chances = {} if p is None else check_chances(p, self.policy)
         self.planner = Planner(prior, seed=seed, nodule=self.policy.nodule, chances=chances)
         self._classes: list[str] | None = None
         self._labels: Any = None
-        found = labels_without_images(dataset)
-        if found is not None and same_label(found[0], label):
-            self._classes = self._classes_of(found)
         self._eligible = eligible
+        found = labels_without_images(dataset)
+        if found is not None:
+            self._classes = self._trusted(found, label)
+            if self._classes is None and self.policy.kind == "integer" and named(policy, dataset) is not policy:
+                raise LabelError(
+                    f"labels must be the data set's own targets for its class names {self.policy.classes} to hold, got "
+                    "others from its samples: pass labels=LabelPolicy(classes=(...)) in the order of the labels"
+                )
         self._eligible_class = self._majority() if self._classes is not None else self.policy.normal
 
         # Slots to add, and who hosts them.
@@ -109,14 +118,21 @@ class PlannedDataset(Dataset):
         """Real samples, and added slots while the mix is enabled."""
         return self._added[-1][0] if self._added and bool(self.enabled) else self._count
 
-    def slot(self, index: int, eligible: bool) -> Slot:
-        """Gives the fate of an index in the current epoch, without loading anything.
+    def with_epoch(self, epoch: Tensor) -> "PlannedDataset":
+        """Gives the same decisions with an epoch of their own (see the class); nothing is read again."""
+        other = copy.copy(self)
+        other.epoch = epoch
+        return other
+
+    def slot(self, index: int, eligible: bool, epoch: int | None = None) -> Slot:
+        """Gives the fate of an index, without loading anything.
 
         Args:
             index: 0 to len - 1.
             eligible: whether the real sample there may be replaced; means nothing for added slots.
+            epoch: the current one by default.
         """
-        key = (self.planner.seed, int(self.epoch), index)
+        key = (self.planner.seed, int(self.epoch) if epoch is None else epoch, index)
         for end, name in self._added:
             if self._count <= index < end:
                 return self.planner.add(key, name, self._hosts)
@@ -149,8 +165,11 @@ class PlannedDataset(Dataset):
         names = dict.fromkeys([self.policy.normal, self.policy.nodule, *sorted(set(classes))])
         return {name: classes.count(name) for name in names}
 
-    def class_counts(self) -> dict[str, dict[str, int]]:
-        """Gives real, synthetic and total samples per class in the current epoch, before anything is generated.
+    def class_counts(self, epoch: int | None = None) -> dict[str, dict[str, int]]:
+        """Gives real, synthetic and total samples per class of an epoch, before anything is generated.
+
+        Args:
+            epoch: the current one by default.
 
         Returns:
             Class to {"real", "synthetic", "total"}; a grafted image counts as synthetic.
@@ -164,7 +183,7 @@ class PlannedDataset(Dataset):
             if self.planner.chances:
                 for index, name in enumerate(self._all_classes()):
                     allowed = self.eligible(self._labels[index]) if self._eligible else name == self._eligible_class
-                    slot = self.slot(index, allowed)
+                    slot = self.slot(index, allowed, epoch)
                     if slot.class_name is not None:
                         counts[name]["real"] -= 1
                         counts[slot.class_name]["synthetic"] += 1
@@ -174,10 +193,27 @@ class PlannedDataset(Dataset):
 
     def _all_classes(self) -> list[str]:
         if self._classes is None or (self._eligible is not None and self._labels is None):
-            samples = (self.dataset[i] for i in range(self._count))
-            bar = tqdm(samples, total=self._count, desc="reading labels", unit="image")
-            self._classes = self._classes_of([self.layout.get(sample)[1] for sample in bar])
+            with random_states_kept():
+                bar = tqdm(range(self._count), desc="reading labels", unit="image")
+                self._classes = self._classes_of([self.layout.get(self.dataset[i])[1] for i in bar])
         return self._classes
+
+    def _trusted(self, found: Any, first: Any) -> list[str] | None:
+        """Classes of labels found beside the images, if the first sample of each class has the label found for it."""
+        if not same_label(found[0], first):
+            return None
+        try:
+            classes = self._classes_of(found)
+        except LabelError:
+            self._labels = None
+            return None
+        firsts = {name: i for i, name in reversed(list(enumerate(classes)))}.values()
+        with random_states_kept():
+            for i in sorted({*firsts, self._count - 1} - {0}):
+                if not same_label(found[i], self.layout.get(self.dataset[i])[1]):
+                    self._labels = None
+                    return None
+        return classes
 
     def _classes_of(self, labels: Any) -> list[str]:
         self._labels = labels
@@ -247,12 +283,46 @@ class MixedDataset(Dataset):
         return self.planned[index][1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch; workers that are alive see it."""
-        self.planned.epoch.fill_(epoch)
+        """Sets the epoch of all that this mix has wrapped; workers that are alive see it."""
+        self.planned.epoch.fill_(check_epoch(epoch))
 
     def class_counts(self) -> dict[str, dict[str, int]]:
         """As `PlannedDataset.class_counts`."""
         return self.planned.class_counts()
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Puts the global random states back: reading a sample here must not move what a user's transforms draw from."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def named(policy: LabelPolicy, dataset: Any) -> LabelPolicy:
+    """Gives the policy with the class names of a data set, also of the parts of a `ConcatDataset`.
+
+    Raises:
+        LabelError: parts with different names.
+    """
+    if policy.classes is not None:
+        return policy
+    if isinstance(dataset, Subset):
+        return named(policy, dataset.dataset)
+    if not isinstance(dataset, ConcatDataset):
+        return policy.named_by(dataset)
+    policies = [named(policy, part) for part in dataset.datasets]
+    names = dict.fromkeys(part.classes for part in policies)
+    if len(names) > 1:
+        raise LabelError(
+            f"labels must be of one list of classes in all parts of a ConcatDataset, got {list(names)}: "
+            "pass labels=LabelPolicy(classes=(...))"
+        )
+    return policies[0]
 
 
 def labels_without_images(dataset: Any) -> Any:

@@ -111,7 +111,9 @@ def test_average_copies_buffers_and_averages_parameters():
     before = [p.clone() for p in networks.average.module.parameters()]
     networks.update_average()
     networks.update_average()
-    for now, old, goal in zip(networks.average.module.parameters(), before, networks.generator.parameters(), strict=True):
+    for now, old, goal in zip(
+        networks.average.module.parameters(), before, networks.generator.parameters(), strict=True
+    ):
         assert ((now - old) * (goal - old) >= 0).all() and (now - goal).abs().max() < 1
     for mean, now in zip(networks.average.module.buffers(), networks.generator.buffers(), strict=True):
         assert torch.equal(mean, now)

@@ -139,7 +139,9 @@ def draw_batch(
     # What the generator is asked for, and where real superimposed nodules go: two draws of the prior.
     noise = torch.randn(half, config.noise_dim, generator=generator).to(device)
     asked = [at_least(b, 2, size).to(device) for b in prior.sample(half, generator=generator, image_size=size).boxes]
-    known = [at_least(b[:1], 2, size).to(device) for b in prior.sample(half, generator=generator, image_size=size).boxes]
+    known = [
+        at_least(b[:1], 2, size).to(device) for b in prior.sample(half, generator=generator, image_size=size).boxes
+    ]
     masks = draw_masks(asked, size, generator)
     known_masks = draw_masks(known, size, generator)
     known_boxes = torch.cat(known)

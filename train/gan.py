@@ -195,6 +195,8 @@ def train_gan(
     out: str | Path,
     seed: int = 0,
     minutes: float = math.inf,
+    data_name: str = "",
+    note: str = "",
     device: str = "cpu",
     prior: LocationPrior | None = None,
     limit: int | None = None,
@@ -208,6 +210,8 @@ def train_gan(
         out: the run's folder.
         seed: of everything random.
         minutes: stop after so long (the same command goes on later).
+        data_name: what the data are called in the weights; the folder's name by default.
+        note: kept in the recipe: what its numbers do not say.
         device: "cpu" or "cuda".
         prior: of the masks; the bundled one by default.
         limit: at most so many normal films (for trials).
@@ -215,7 +219,15 @@ def train_gan(
     where = torch.device(device)
     config = ARCHITECTURES[preset.architecture]
     numbers = {k: v for k, v in preset.to_dict().items() if k != "images"}  # a run may be prolonged
-    recipe = {"preset": numbers, "architecture": config.to_dict(), "seed": seed, "ct_nodules": ct_nodules is not None}
+    recipe: dict[str, Any] = {
+        "preset": numbers,
+        "architecture": config.to_dict(),
+        "seed": seed,
+        "ct_nodules": ct_nodules is not None,
+        "data": data_name or Path(data).name,
+    }
+    if note:
+        recipe["note"] = note
     run = Run(out, recipe)
     prior = prior or LocationPrior.bundled()
     ct = CTNodules(ct_nodules) if ct_nodules is not None else None
@@ -258,7 +270,7 @@ def train_gan(
         masks = F.adaptive_avg_pool2d(fixed_masks, nodule.shape[-1]) * 2 - 1
         sheet = torch.cat([normal, nodule, ((nodule - normal) * 4).clamp(-1, 1), masks])
         save_image(sheet, run.folder / f"samples-{images_seen:09d}.png", nrow=8, normalize=True, value_range=(-1, 1))
-        return export(networks, preset, run, films, images_seen)
+        return export(networks, preset, run, films, prior, images_seen)
 
     autocast = torch.autocast(where.type, torch.bfloat16)
     started, last_log, first = time.monotonic(), 0.0, images_seen
@@ -289,21 +301,20 @@ def train_gan(
     return snapshot()
 
 
-def export(networks: Networks, preset: GANPreset, run: Run, films: Films, images_seen: int) -> Path:
-    """Writes the averaged generator as safetensors with its recipe; gives the folder."""
+def export(
+    networks: Networks, preset: GANPreset, run: Run, films: Films, prior: LocationPrior, images_seen: int
+) -> Path:
+    """Writes the averaged generator as safetensors with its recipe, and the prior; gives the folder."""
     generator = NoduleGenerator(ARCHITECTURES[preset.architecture])
     generator.load_state_dict(networks.average.module.state_dict())
     folder = run.folder / "export"
-    generator.save_pretrained(
-        folder,
-        training_data=(
-            f"NIH ChestX-ray14 (Wang et al. 2017; NIH Clinical Center), train split of a 3,478-image subset at 256 px: "
-            f"{len(films.normal)} normal and {len(films.nodule)} nodule films, {len(films.boxed)} of them boxed"
-            + ("; CT nodules of LUNA16 / LIDC-IDRI superimposed on normal films" if run.recipe["ct_nodules"] else "")
-        ),
-        recipe={**run.recipe, "images_seen": images_seen, "stage": 1},
-        git_commit=git_commit(),
-    )
+    data = f"{run.recipe['data']}, train split: {len(films.normal)} normal films, {len(films.nodule)} with a nodule"
+    data += f" ({len(films.boxed)} boxed)"
+    if run.recipe["ct_nodules"]:
+        data += "; CT nodules in projection (LUNA16 / LIDC-IDRI) superimposed on normal films"
+    recipe = {**run.recipe, "images_seen": images_seen, "stage": 1}
+    generator.save_pretrained(folder, training_data=data, recipe=recipe, git_commit=git_commit())
+    prior.save(folder / "prior.safetensors")
     return folder
 
 
@@ -316,6 +327,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the run's folder; the same folder resumes")
     parser.add_argument("--images", type=int, help="real images to show, in place of the preset's")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
+    parser.add_argument("--data-name", default="", help="what the data are called in the weights")
+    parser.add_argument("--note", default="", help="kept in the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -329,6 +342,8 @@ def main() -> None:
         out=args.out,
         seed=args.seed,
         minutes=args.minutes,
+        data_name=args.data_name,
+        note=args.note,
         device=args.device,
     )
     print(f"weights: {folder}")

@@ -40,7 +40,7 @@ class GANPreset:
     augment: bool = True
     superimposed: float = 0.5
     crop_weight: float = 1.0
-    difference_weight: float = 1.0
+    difference_weight: float = 3.0
     outside_weight: float = 20.0
     grow_at: tuple[int, ...] = ()
     ema_images: int = 5_000

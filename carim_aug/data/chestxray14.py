@@ -330,7 +330,7 @@ def _read_list(path: Path) -> list[str]:
 def _find_images(root: Path) -> dict[str, str]:
     """From file name without suffix to path; the first in alphabetical order where there are several."""
     found: dict[str, str] = {}
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)

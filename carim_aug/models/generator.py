@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from carim_aug.models.blocks import ImageHead, Joint, Residual, Stem, Up
+from carim_aug.models.blocks import ImageHead, Joint, Residual, Stem, Up, soften
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class GeneratorConfig:
         joint: True: the mask is concatenated to h0 and between branches, through a joint convolution (the source);
             False: it is concatenated at every doubling (the lean presets).
         spectral_norm: spectral normalisation of every layer but the norms.
+        soft_mask: the network sees the mask with a soft edge (`carim_aug.models.blocks.soften`).
     """
 
     image_size: int = 256
@@ -34,6 +35,7 @@ class GeneratorConfig:
     branches: int = 3
     joint: bool = True
     spectral_norm: bool = True
+    soft_mask: bool = False
 
     def __post_init__(self) -> None:
         """Checks that the numbers fit together."""
@@ -59,9 +61,11 @@ class GeneratorConfig:
 # One row per architecture that weights are published for.
 ARCHITECTURES: dict[str, GeneratorConfig] = {
     "thesis256": GeneratorConfig(),
-    "fast256": GeneratorConfig(256, 100, 256, (128, 128, 64, 32, 16, 8), (0, 0, 1, 1, 0, 0), 3, joint=False),
-    "fast128": GeneratorConfig(128, 100, 256, (128, 128, 64, 32, 16), (0, 0, 1, 1, 0), 3, joint=False),
-    "tiny": GeneratorConfig(32, 16, 32, (24, 16, 8), (0, 0, 0), 2, joint=False),
+    "fast256": GeneratorConfig(
+        256, 100, 256, (128, 128, 64, 32, 16, 8), (0, 0, 1, 1, 0, 0), 3, joint=False, soft_mask=True
+    ),
+    "fast128": GeneratorConfig(128, 100, 256, (128, 128, 64, 32, 16), (0, 0, 1, 1, 0), 3, joint=False, soft_mask=True),
+    "tiny": GeneratorConfig(32, 16, 32, (24, 16, 8), (0, 0, 0), 2, joint=False, soft_mask=True),
 }
 
 
@@ -142,6 +146,8 @@ class MultiScaleGenerator(nn.Module):
         check_inputs(noise, masks, self.config)
         last_step = len(self.config.channels) - 1 - (self.config.branches - scales)
 
+        if self.config.soft_mask:
+            masks = soften(masks)
         hidden = self.stem(noise)
         if self.config.joint:
             hidden = torch.cat([hidden, F.adaptive_avg_pool2d(masks, 4).to(hidden.dtype)], dim=1)

@@ -1,0 +1,42 @@
+"""Every example runs from the command line on drawn phantoms with small settings, and prints what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from carim_aug.hub import NoduleGenerator
+from carim_aug.prior import LocationPrior
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMISED = {
+    "classifier_loader": ["'synthetic': 200", "epoch 0: loss", "AUC on 32 images without synthetic ones"],
+    "classifier_transform": ["epoch 0: loss", "AUC on 32 images without synthetic ones"],
+    "multilabel_nan": ["loss", "grafted nodules", "of 224 entries annotated"],
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        NoduleGenerator("tiny").save_pretrained(folder)
+    LocationPrior.bundled().save(folder / "prior.safetensors")
+    return folder
+
+
+def test_every_example_is_run_here():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(PROMISED)
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_example_runs(name, weights):
+    words = [f"examples/{name}.py", "--weights", str(weights), "--size", "64", "--batches", "2"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for said in PROMISED[name]:
+        assert said in done.stdout
+    assert "nan" not in done.stdout
