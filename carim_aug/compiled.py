@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from carim_aug.models.blocks import Joint
+from carim_aug.models.blocks import Joint, soften
 from carim_aug.models.generator import GeneratorConfig, MultiScaleGenerator, check_inputs
 
 # Side of the block of pixels that one output position of the image head gives: 1 output channel alone wastes the
@@ -153,7 +153,7 @@ class CompiledGenerator(nn.Module):
 
     def _images(self, noise: Tensor, masks: Tensor) -> Tensor:
         # Masks of all sizes as their four half-size phases: phases[i] is (B, 4, s, s), s = 4 * 2 ** i.
-        small = masks.to(self.dtype)
+        small = (soften(masks.float()) if self.config.soft_mask else masks).to(self.dtype)
         phases: list[Tensor] = []
         for _ in self.ups:
             phases.insert(0, F.pixel_unshuffle(small, 2))
@@ -172,18 +172,24 @@ class CompiledGenerator(nn.Module):
                 return torch.cat([self._from_step(step, h, p) for h, *p in parts])
 
             if not self.config.joint:
-                hidden = torch.cat([hidden, phases[step]], dim=1)
+                hidden = self._joined(hidden, phases[step])
             elif step == 0:
-                hidden = torch.cat([hidden, phases[0].mean(dim=1, keepdim=True)], dim=1)
+                hidden = self._joined(hidden, phases[0].mean(dim=1, keepdim=True))
             hidden = self.ups[step](hidden)
             if step == 0 and not self.channels_last:
                 hidden = hidden.contiguous()
             if isinstance(self.joints[step], _Gated):
-                hidden = self.joints[step](torch.cat([hidden, phases[step + 1].mean(dim=1, keepdim=True)], dim=1))
+                hidden = self.joints[step](self._joined(hidden, phases[step + 1].mean(dim=1, keepdim=True)))
             hidden = self.residuals[step](hidden)
             step += 1
         blocks = F.conv2d(hidden, self.head_weight, stride=_HEAD_BLOCK, padding=1)
         return torch.tanh(F.pixel_shuffle(blocks, _HEAD_BLOCK).float())
+
+    def _joined(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        # Concatenated; of maps with channels innermost and a mask without, torch.cat would make maps without.
+        if not self.channels_last:
+            return torch.cat([hidden, mask], dim=1)
+        return torch.cat([hidden.permute(0, 2, 3, 1), mask.permute(0, 2, 3, 1)], dim=3).permute(0, 3, 1, 2)
 
     def _part(self, step: int, hidden: Tensor) -> int:
         # How many images to take through this doubling at once.
@@ -240,12 +246,14 @@ class _GatedProducts(nn.Module):
         padded = F.pad(hidden.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         corners = [padded[:, i : i + size + 1, j : j + size + 1] for i in (0, 1) for j in (0, 1)]
         windows = torch.cat(corners, dim=3)
-        phases = [
-            F.glu(F.linear(windows[:, i : i + size, j : j + size], self.weight[2 * i + j], self.bias), dim=3)
-            for i in (0, 1)
-            for j in (0, 1)
-        ]
-        rows = [torch.stack(phases[:2], dim=3).flatten(2, 3), torch.stack(phases[2:], dim=3).flatten(2, 3)]
+        rows = []
+        for i in (0, 1):
+            columns = []
+            for j in (0, 1):
+                seen = windows[:, i : i + size, j : j + size].flatten(0, 2)
+                maps = F.glu(F.linear(seen, self.weight[2 * i + j], self.bias), dim=1)
+                columns.append(maps.view(-1, size, size, maps.shape[1]))
+            rows.append(torch.stack(columns, dim=3).flatten(2, 3))
         return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 

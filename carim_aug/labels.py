@@ -88,7 +88,7 @@ class LabelPolicy:
         object.__setattr__(self, "nodule", nodule)
         object.__setattr__(self, "normal", normal or self.normal)
 
-    def named_by(self, dataset: Any) -> "LabelPolicy":
+    def named_by(self, dataset: Any, label: Any = None) -> "LabelPolicy":
         """This policy with the class names that a dataset brings along, if the user gave none.
 
         Looks for ``pathologies`` (torchxrayvision, whose ChestX-ray14 columns are sorted by name) and ``classes``
@@ -96,20 +96,24 @@ class LabelPolicy:
 
         Args:
             dataset: any dataset.
+            label: one of its labels. Pathologies name columns, so a plain integer takes none from them, and a row takes
+                only as many names as it has columns.
 
         Returns:
-            A policy; this one if it has classes already or the dataset names none.
+            A policy; this one if it has classes already or the dataset names none that fit.
 
         Raises:
             LabelError: none of the dataset's classes is the nodule class.
         """
         if self.classes is not None:
             return self
+        shape = None if label is None else _array(label).shape
         for _ in range(8):
-            for attribute in ("pathologies", "classes"):
+            for attribute in ("classes",) if shape == () else ("pathologies", "classes"):
                 names = getattr(dataset, attribute, None)
                 if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
-                    return replace(self, classes=tuple(names))
+                    if not shape or len(names) == shape[-1]:
+                        return replace(self, classes=tuple(names))
             dataset = getattr(dataset, "dataset", None)
         return self
 

@@ -333,6 +333,8 @@ class SyntheticNoduleMix(v2.Transform):
             image (1, S, S) float32 in [-1, 1]; mask (1, S, S) in {0, 1}; boxes (k, 4) XYXY in pixels of S.
         """
         name = self._policy.nodule if class_name is None else self._policy.name_of(class_name)
+        if len(key) < 3:
+            raise ValueError(f"key must be (seed, epoch, index) or longer, got {key}")
         if not self._policy.can_make(name):
             raise ValueError(f"class_name must be one that the generator makes, got {class_name!r}")
         slot = self._planner.regenerate(tuple(key), name)

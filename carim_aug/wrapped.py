@@ -77,7 +77,7 @@ class PlannedDataset(Dataset):
         self.layout = Layout.of(first, layout)
         image, label = self.layout.get(first)
         check_images(image, batch=False)
-        self.policy = named(policy, dataset).resolve(label, batch=False)
+        self.policy = named(policy, dataset, label).resolve(label, batch=False)
         self.policy.check(label, batch=False)
         chances = {} if p is None else check_chances(p, self.policy)
         self.planner = Planner(prior, seed=seed, nodule=self.policy.nodule, chances=chances)
@@ -303,8 +303,13 @@ def random_states_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def named(policy: LabelPolicy, dataset: Any) -> LabelPolicy:
+def named(policy: LabelPolicy, dataset: Any, label: Any) -> LabelPolicy:
     """Gives the policy with the class names of a data set, also of the parts of a `ConcatDataset`.
+
+    Args:
+        policy: the user's.
+        dataset: may bring names along.
+        label: one of its labels.
 
     Raises:
         LabelError: parts with different names.
@@ -312,10 +317,10 @@ def named(policy: LabelPolicy, dataset: Any) -> LabelPolicy:
     if policy.classes is not None:
         return policy
     if isinstance(dataset, Subset):
-        return named(policy, dataset.dataset)
+        return named(policy, dataset.dataset, label)
     if not isinstance(dataset, ConcatDataset):
-        return policy.named_by(dataset)
-    policies = [named(policy, part) for part in dataset.datasets]
+        return policy.named_by(dataset, label)
+    policies = [named(policy, part, label) for part in dataset.datasets]
     names = dict.fromkeys(part.classes for part in policies)
     if len(names) > 1:
         raise LabelError(

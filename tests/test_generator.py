@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from carim_aug.models.blocks import ImageHead, Joint, Residual, Stem, Up, conv3x3
+from carim_aug.models.blocks import ImageHead, Joint, Residual, Stem, Up, conv3x3, soften
 from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator
 
 LEAN = ARCHITECTURES["tiny"]
@@ -252,6 +252,26 @@ def test_stem_gates_one_half_of_its_projection_with_the_other():
         stem.linear.weight[:32, 0] = torch.arange(32.0)
     hidden = stem(torch.tensor([[2.0]]))
     torch.testing.assert_close(hidden, torch.arange(32.0).view(1, 2, 4, 4))  # 2 * w * sigmoid(0)
+
+
+def test_softened_masks_rise_from_their_edge_and_stay_zero_outside():
+    masks = torch.zeros(1, 1, 96, 96)
+    masks[:, :, 10:40, 30:60] = 1
+    soft = soften(masks)
+    assert soft[masks == 0].abs().max() == 0 and soft.min() >= 0 and soft.max() <= 1 + 1e-6
+    middle = soft[0, 0, 25, 30:45]
+    assert middle[0] < 0.9 * middle[-1] and (middle.diff() >= -1e-6).all()
+    torch.testing.assert_close(soft[:, :, 10:40, 30:60], soft[:, :, 10:40, 30:60].flip(2, 3))  # as even as the mask
+    assert soften(torch.zeros_like(masks)).abs().max() == 0
+
+
+def test_a_soft_mask_is_what_a_generator_that_wants_it_sees():
+    hard = GeneratorConfig(64, 5, 6, (5, 4, 3, 2), (0, 0, 0, 0), 1, joint=False)
+    generator, soft = make(hard).eval(), make(replace(hard, soft_mask=True)).eval()
+    noise, masks = inputs(hard)
+    with torch.no_grad():
+        torch.testing.assert_close(soft(noise, masks), generator(noise, soften(masks)), rtol=0, atol=0)
+        assert (soft(noise, masks) - generator(noise, masks)).abs().max() > 1e-5
 
 
 def test_spectral_norm_brings_the_largest_singular_value_to_one():

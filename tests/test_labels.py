@@ -337,3 +337,14 @@ def test_cuda_labels_stay_on_cuda():
     policy.check(batch)
     assert policy.add_nodule(batch).is_cuda and policy.synthetic(batch, "Nodule").is_cuda
     assert policy.classes_of(batch) == ["unknown"] * 4
+
+
+def test_pathologies_name_columns_and_never_integers():
+    class Data:
+        pathologies = CHESTXRAY14
+
+    assert LabelPolicy().named_by(Data(), 1).classes is None
+    assert LabelPolicy().named_by(Data(), torch.zeros(14)).classes == CHESTXRAY14
+    assert LabelPolicy().named_by(Data(), torch.zeros(2)).classes is None
+    Data.classes = ("No Finding", "Nodule")
+    assert LabelPolicy().named_by(Data(), 1).classes == ("No Finding", "Nodule")

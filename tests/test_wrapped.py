@@ -77,7 +77,8 @@ def test_torchxrayvision_records_keep_their_nan_and_range():
     for i in range(8):
         item = wrapped[i]
         assert item["idx"] == i and isinstance(item["img"], np.ndarray) and item["img"].dtype == np.float32
-        assert -1024 <= item["img"].min() < item["img"].max() <= 1024
+        assert wrapped.slot(i).synthetic is (i % 4 != 3) is bool(item["img"].min() < item["img"].max())
+        assert -1024 <= item["img"].min() and item["img"].max() <= 1024
         assert item["lab"][11] == 1 and np.isnan(item["lab"][14:]).all() and np.nansum(item["lab"]) == 1
 
 
@@ -113,7 +114,9 @@ def test_nothing_of_the_users_is_changed_in_place():
     for insertion in ("whole", "graft"):
         wrapped = make_mix(p=1.0, insertion=insertion).wrap(Shaped(samples.__getitem__, n=6))
         _ = [wrapped[i] for i in range(6)]
-        assert all(torch.equal(a, b) for one, two in zip(samples, before, strict=True) for a, b in zip(one, two))
+        assert all(
+            torch.equal(a, b) for one, two in zip(samples, before, strict=True) for a, b in zip(one, two, strict=True)
+        )
 
 
 @settings(deadline=None, max_examples=100)
@@ -297,7 +300,9 @@ def test_phantoms_of_every_target_are_mixed():
 
 
 def test_a_list_of_samples_is_a_data_set():
-    images, labels = DataLoader(make_mix(p=1.0).wrap([(image(i), 0) for i in range(4)]), batch_size=4).__iter__().__next__()
+    images, labels = (
+        DataLoader(make_mix(p=1.0).wrap([(image(i), 0) for i in range(4)]), batch_size=4).__iter__().__next__()
+    )
     assert images.shape == (4, 1, 32, 40) and labels.tolist() == [1] * 4
 
 
@@ -331,3 +336,12 @@ def test_the_generator_is_not_asked_for_real_items():
     wrapped = make_mix(p=0.0).wrap(Films(8))
     wrapped.renderer.generator = Broken("tiny")
     assert [wrapped[i][1] for i in range(8)] == Films(8)._labels
+
+
+def test_nodule_targets_of_chestxray14_are_not_taken_for_columns(real_data):
+    from carim_aug.data.chestxray14 import ChestXray14
+
+    data = ChestXray14(real_data, split="val", target="nodule")
+    mix = make_mix(p=1.0, eligible=lambda label: True)
+    assert set(mix.wrap(data).class_counts()) == {"No Finding", "Nodule"}
+    assert mix.wrap(data)[0][1] == 1

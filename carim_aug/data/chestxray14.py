@@ -80,7 +80,8 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         targets: One per image: (14,) float32 tensors for "multilabel", else int, 1 with a nodule.
         patients: (N,) int64.
         views: (N,) "PA" or "AP".
-        pathologies: `FINDINGS`.
+        classes: What the targets' columns or numbers mean: `FINDINGS`, or ("No Finding", "Nodule") for "nodule".
+        pathologies: `FINDINGS`, the columns of `labels`.
 
     Raises:
         DataError: A table or image is missing, unreadable or breaks its rules.
@@ -121,6 +122,7 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         keep = _finding_filter(findings)
         self.root = Path(root)
         self.split, self.target, self.transform, self.channels = split, target, transform, channels
+        self.classes = ("No Finding", "Nodule") if target == "nodule" else FINDINGS
 
         rows = _read_entries(self.root)
         splits = _read_splits(self.root, rows) if split is not None else {}

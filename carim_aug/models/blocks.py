@@ -36,9 +36,11 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 def soften(masks: Tensor) -> Tensor:
-    """Gives masks that rise softly from their edge: the mask times itself blurred by S / 32 pixels, twice.
+    """Gives masks as domes: 1 in the middle of each region, falling softly to its edge, 0 outside.
 
-    Our own extension (EVIDENCE, Quality): a generator that sees the hard edge draws it. Zero stays zero outside.
+    Our own extension (EVIDENCE, Quality): a generator that sees a hard edge draws it. The dome is the product of the
+    mask blurred at S / 32, S / 16 and S / 8 pixels, each over its largest value nearby: a blur much wider than a region
+    is flat in it and changes nothing, so regions of any size get a dome of their size, and boxes a roundish one.
 
     Args:
         masks: (B, 1, S, S) in {0, 1}.
@@ -46,11 +48,29 @@ def soften(masks: Tensor) -> Tensor:
     Returns:
         (B, 1, S, S) in [0, 1].
     """
-    side = masks.shape[-1] // 32 | 1
-    blurred = masks
-    for _ in range(2):
-        blurred = F.avg_pool2d(blurred, side, stride=1, padding=side // 2)
-    return masks * blurred
+    size = masks.shape[-1]
+    places = torch.arange(size, device=masks.device)
+    distance = (places[:, None] - places).abs()
+    dome = masks.float()
+    with torch.autocast(masks.device.type, enabled=False):
+        for part in (32, 16, 8):
+            reach = size // part // 2
+            box = (distance <= reach).float() / (2 * reach + 1)
+            twice = box @ box
+            blurred = (twice @ masks.float() @ twice) * masks
+            largest = _largest_nearby(_largest_nearby(blurred, reach).mT, reach).mT
+            dome = dome * blurred / largest.clamp(min=1e-6)
+    return dome
+
+
+def _largest_nearby(maps: Tensor, reach: int) -> Tensor:
+    # The running maximum along the last axis, in steps that double: a tenth of max_pool2d's time on a CPU.
+    maps, done = F.pad(maps, (reach, reach)), 1
+    while done < 2 * reach + 1:
+        step = min(done, 2 * reach + 1 - done)
+        maps = torch.maximum(maps[..., :-step], maps[..., step:])
+        done += step
+    return maps
 
 
 class Stem(nn.Module):
