@@ -87,7 +87,7 @@ class PlannedDataset(Dataset):
         found = labels_without_images(dataset)
         if found is not None:
             self._classes = self._trusted(found, label)
-            if self._classes is None and self.policy.kind == "integer" and named(policy, dataset) is not policy:
+            if self._classes is None and self.policy.kind == "integer" and named(policy, dataset, label) is not policy:
                 raise LabelError(
                     f"labels must be the data set's own targets for its class names {self.policy.classes} to hold, got "
                     "others from its samples: pass labels=LabelPolicy(classes=(...)) in the order of the labels"
