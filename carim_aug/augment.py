@@ -27,12 +27,23 @@ class DiffAugment:
     cutout: Tensor
 
     @classmethod
-    def draw(cls, n: int, *, generator: torch.Generator, shift: float = 0.125, cutout: float = 0.3) -> "DiffAugment":
+    def draw(
+        cls,
+        n: int,
+        *,
+        generator: torch.Generator,
+        brightness: float = 0.05,
+        contrast: float = 0.1,
+        shift: float = 0.125,
+        cutout: float = 0.3,
+    ) -> "DiffAugment":
         """Draws for a batch.
 
         Args:
             n: batch size.
             generator: the random stream, on CPU.
+            brightness: largest change. Small on purpose: with 0.3 the generator learnt films that are all black or white.
+            contrast: largest change of the factor.
             shift: largest shift as a part of the side.
             cutout: side of the square that is cut out, as a part of the side.
         """
@@ -44,7 +55,7 @@ class DiffAugment:
         theta[:, 1, 2] = (u[4] * 2 - 1) * 2 * shift
         x, y = u[5] * (1 + cutout) - cutout, u[6] * (1 + cutout) - cutout
         box = torch.stack([x, y, x + cutout, y + cutout], dim=1)
-        return cls((u[0] - 0.5) * 0.6, 0.7 + 0.6 * u[1], theta, box)
+        return cls((u[0] * 2 - 1) * brightness, 1 + (u[1] * 2 - 1) * contrast, theta, box)
 
     def to(self, device: torch.device | str) -> "DiffAugment":
         """Gives the same draw on another device."""

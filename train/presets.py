@@ -43,7 +43,7 @@ class GANPreset:
     difference_weight: float = 3.0
     outside_weight: float = 20.0
     grow_at: tuple[int, ...] = ()
-    ema_images: int = 5_000
+    ema_images: int = 3_000
     snapshot_images: int = 4_000
 
     def to_dict(self) -> dict[str, Any]:
