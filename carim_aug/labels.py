@@ -447,7 +447,8 @@ def _filled(label: Any, value: int) -> Any:
 def _emptied(label: Any) -> Any:
     """A label like this one, 0 everywhere but where it is NaN."""
     if isinstance(label, torch.Tensor):
-        return torch.zeros_like(label).masked_fill(label.isnan(), torch.nan) if label.is_floating_point() else label * 0
+        zeros = torch.zeros_like(label)
+        return zeros.masked_fill(label.isnan(), torch.nan) if label.is_floating_point() else zeros
     if isinstance(label, np.ndarray):
         return np.where(np.isnan(label), label, np.zeros_like(label))
     return label

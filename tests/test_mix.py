@@ -296,7 +296,6 @@ def test_pretrained_parts_are_put_together(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(mix(*batch()), expected, strict=True))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="labels._emptied makes int64 of bool rows")
 def test_bool_rows_stay_bool():
     rows = torch.zeros(4, 14, dtype=torch.bool)
     marked = make_mix(p=1.0)(batch(4)[0], rows)[1]

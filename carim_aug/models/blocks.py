@@ -3,6 +3,8 @@
 Every block is made of one convolution, a norm and an activation, so that `carim_aug.compiled` can fold it.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,7 +54,8 @@ def soften(masks: Tensor) -> Tensor:
     places = torch.arange(size, device=masks.device)
     distance = (places[:, None] - places).abs()
     dome = masks.float()
-    with torch.autocast(masks.device.type, enabled=False):
+    kind = masks.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         for part in (32, 16, 8):
             reach = size // part // 2
             box = (distance <= reach).float() / (2 * reach + 1)

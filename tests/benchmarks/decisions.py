@@ -69,14 +69,14 @@ def wrapped(options):
 
 def main() -> None:
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    print(f"{'decisions':46} {'slots':>6} {'byte-equal':>11}")
+    print(f"{'decisions':52} {'slots':>6} {'byte-equal':>11}")
     for name, options in (("p=0.5", OPTIONS), ("n_synthetic", ADDED)):
         plain, shuffled = rows(options), rows(options, shuffle=True)
         alone = by_index(plain)
 
         def row(way, got, expected, name=name):
             slots = sum(map(len, got))
-            print(f"{name + ', ' + way:46} {slots:6} {'yes' if got == expected else 'NO':>11}", flush=True)
+            print(f"{name + ', ' + way:52} {slots:6} {'yes' if got == expected else 'NO':>11}", flush=True)
 
         for batch_size in (1, 7, 64):
             row(f"batch {batch_size}", rows(options, batch_size=batch_size), plain)
@@ -94,7 +94,7 @@ def main() -> None:
         row("wrap (B) and loader (A)", wrapped(options), plain)
         first, second = ([(r[0][2], *r[1:]) for r in epoch] for epoch in plain[:2])
         same = sum(a == b for a, b in zip(first, second, strict=True) if a[1] or b[1])
-        print(f"{name + ', the same synthetic slot in epochs 0 and 1':46} {len(first):6} {same:11}")
+        print(f"{name + ', the same synthetic slot in epochs 0 and 1':52} {len(first):6} {same:11}")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def main() -> None:
                     "energy": energy_inside(difference, b),
                     "hit": argmax_hit(difference, b).float(),
                     "bright": (ring_contrast(difference, b).contrast > 0).float(),
+                    "lost": (ring_contrast(difference, b).contrast < 0.02).float(),
                     "roundness": roundness(difference, b),
                     "grafted energy": energy_inside(difference * feather(list(b[:, None]), size), b),
                     "contrast": ring_contrast(nodule, b).contrast,
@@ -88,6 +89,7 @@ def main() -> None:
         ("grafted energy", "the same after the graft's feather"),
         ("hit", "brightest pixel inside the mask"),
         ("bright", "brighter than its ring"),
+        ("lost", "adds less than 0.02 of contrast"),
     ):
         print(f"{text:34}" + "".join(f"{table[f'{s} {name}'].mean():>26.3f}" for s in ("box", "ellipse")))
     large = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= 5
