@@ -42,7 +42,7 @@ class DiffAugment:
         Args:
             n: batch size.
             generator: the random stream, on CPU.
-            brightness: largest change. Small on purpose: with 0.3 the generator learnt films that are all black or white.
+            brightness: largest change. Small: with 0.3 the generator learnt films that are all black or white.
             contrast: largest change of the factor.
             shift: largest shift as a part of the side.
             cutout: side of the square that is cut out, as a part of the side.
