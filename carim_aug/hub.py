@@ -322,11 +322,14 @@ def _version() -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
-    # A safetensors file starts with the length of its header, 8 bytes; its first two may look like a pickle's.
+    # A safetensors file starts with the length of its header, whose bytes may look like a pickle's first ones: a pickle
+    # is what starts like one, and cannot have a header of that length.
     with path.open("rb") as file:
         start = file.read(8)
-    longer_than_the_file = int.from_bytes(start, "little") > path.stat().st_size
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and longer_than_the_file):
+    like_pickle = start[:4] == b"PK\x03\x04" or (
+        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    )
+    if like_pickle and int.from_bytes(start, "little") > path.stat().st_size:
         raise WeightsError(
             f"{path} is a pickle under a wrong name, which is never loaded here: {ADVICE} as safetensors"
         )

@@ -80,7 +80,7 @@ def configs(draw: st.DrawFn) -> GeneratorConfig:
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(config=configs(), seed=st.integers(0, 2**31), channels_last=st.booleans(), batch=st.integers(1, 4))
 def test_any_generator_is_equal_to_its_training_graph(config, seed, channels_last, batch):
     generator = trained(config, seed)
