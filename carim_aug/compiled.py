@@ -40,7 +40,7 @@ def compile_generator(
 
     Args:
         generator: a `MultiScaleGenerator` on any device, in train or eval mode.
-        dtype: torch.float32 (equal to the generator to 1e-5) or torch.bfloat16 (not equal; about 4e-3 away on average).
+        dtype: torch.float32 (equal to the generator to 1e-5) or torch.bfloat16 (near it, not equal).
         channels_last: keep maps with channels innermost, which convolutions run faster on.
         compile: run through `torch.compile`. The first call at each batch size (on CPUs, at each up to
             8) then takes seconds to a minute.
