@@ -36,6 +36,12 @@ def test_gradient_reaches_the_image():
     assert images.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("net", [_small(), CropDiscriminator(width=4)])
+def test_every_layer_without_batch_norm_has_a_bias(net):
+    # Or the score grows with the image's contrast, whatever the image shows.
+    assert all(m.bias is not None for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+
+
 @pytest.mark.parametrize("size", [0, 8, 33, 96])
 def test_a_size_that_is_no_power_of_two_is_refused(size):
     with pytest.raises(ValueError, match="image_size must be a power of two"):

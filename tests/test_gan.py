@@ -11,8 +11,10 @@ from PIL import Image
 
 from carim_aug.data.phantom import phantom_chest
 from carim_aug.hub import NoduleGenerator
+from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
+from carim_aug.prior import LocationPrior
 from train.films import at_least, crop_at, draw_batch, read_films
-from train.gan import Networks, train_gan
+from train.gan import Networks, retake_statistics, train_gan
 from train.presets import PRESETS
 from train.run import Run
 
@@ -146,3 +148,18 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     newest.write_bytes(newest.read_bytes()[:40])
     assert run.load() == {"images_seen": 8}
     assert "unreadable checkpoint" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_statistics_taken_anew_are_those_of_the_generator_at_hand():
+    torch.manual_seed(0)
+    generator = MultiScaleGenerator(ARCHITECTURES["tiny"])
+    before = {k: v.clone() for k, v in generator.state_dict().items()}
+    retake_statistics(generator, LocationPrior.bundled(), TINY, seed=0, batches=40)
+    after = generator.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {k for k in before if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert not generator.training and all(m.momentum == 0.1 for m in generator.modules() if hasattr(m, "momentum"))
+    # The stem's norm sees z W: its variance is |w|^2 for standard normal noise.
+    expected = generator.stem.linear.weight.square().sum(dim=1)
+    assert torch.allclose(after["stem.norm.running_var"], expected, rtol=0.6)
+    assert (after["stem.norm.running_var"] / expected).mean() == pytest.approx(1, abs=0.1)

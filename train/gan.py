@@ -31,7 +31,7 @@ from carim_aug.masks import boxes_to_masks
 from carim_aug.models.discriminator import CropDiscriminator, ScaleDiscriminator
 from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
 from carim_aug.prior import LocationPrior
-from train.films import DIFFERENCE_GAIN, Batch, Films, crop_at, draw_batch, read_films
+from train.films import DIFFERENCE_GAIN, Batch, Films, at_least, crop_at, draw_batch, draw_masks, read_films
 from train.presets import PRESETS, GANPreset
 from train.run import Run, git_commit
 
@@ -301,12 +301,48 @@ def train_gan(
     return snapshot()
 
 
+def retake_statistics(
+    generator: MultiScaleGenerator, prior: LocationPrior, preset: GANPreset, *, seed: int, batches: int = 60
+) -> None:
+    """Takes the batch norm statistics anew, in place: those of the training do not fit averaged weights.
+
+    Args:
+        generator: left in eval mode.
+        prior: of the masks.
+        preset: its batch: half matched pairs' masks, half none, as in training.
+        seed: of the noise and masks.
+        batches: whose statistics are averaged.
+    """
+    norms = [m for m in generator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+    size, device = generator.image_size, next(generator.parameters()).device
+    stream = torch.Generator().manual_seed(fold(seed, 3))
+    vectors = {k: v.clone() for k, v in generator.named_buffers() if k.endswith(("_u", "_v"))}
+    generator.train()
+    with torch.no_grad():
+        for _ in range(batches):
+            noise = torch.randn(preset.batch // 2, generator.noise_dim, generator=stream).to(device)
+            boxes = prior.sample(len(noise), generator=stream, image_size=size).boxes
+            masks = draw_masks([at_least(b, 2, size) for b in boxes], size, stream).to(device)
+            generator.pyramid(torch.cat([noise, noise]), torch.cat([masks, torch.zeros_like(masks)]))
+        for name, value in generator.named_buffers():
+            if name in vectors:
+                value.copy_(vectors[name])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    generator.eval()
+
+
 def export(
     networks: Networks, preset: GANPreset, run: Run, films: Films, prior: LocationPrior, images_seen: int
 ) -> Path:
     """Writes the averaged generator as safetensors with its recipe, and the prior; gives the folder."""
     generator = NoduleGenerator(ARCHITECTURES[preset.architecture])
     generator.load_state_dict(networks.average.module.state_dict())
+    retake_statistics(generator, prior, preset, seed=run.recipe["seed"])
     folder = run.folder / "export"
     data = f"{run.recipe['data']}, train split: {len(films.normal)} normal films, {len(films.nodule)} with a nodule"
     data += f" ({len(films.boxed)} boxed)"

@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from carim_aug.models.blocks import conv3x3, normalised
 
 
-def _conv4x4(in_channels: int, out_channels: int, *, spectral: bool, stride: int = 2, padding: int = 1) -> nn.Module:
-    layer = nn.Conv2d(in_channels, out_channels, 4, stride, padding, bias=False)
+def _conv4x4(
+    in_channels: int, out_channels: int, *, spectral: bool, stride: int = 2, padding: int = 1, bias: bool = False
+) -> nn.Module:
+    layer = nn.Conv2d(in_channels, out_channels, 4, stride, padding, bias=bias)
     nn.init.orthogonal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return normalised(layer, spectral)
 
 
@@ -20,6 +24,9 @@ def _norm(channels: int, batch_norm: bool) -> nn.Module:
 
 class ScaleDiscriminator(nn.Module):
     """Judges images of one scale: is it real, and does it fit its class (eq. 3).
+
+    Without batch norm every convolution has a bias. A stack of bias-free convolutions and leaky ReLUs gives twice the
+    score to twice the image, so that stronger blacks and whites look more real and the generator saturates.
 
     Args:
         image_size: side of the images in pixels, a power of two, at least 16.
@@ -48,27 +55,29 @@ class ScaleDiscriminator(nn.Module):
         if image_size < 16 or image_size & (image_size - 1):
             raise ValueError(f"image_size must be a power of two, at least 16, got {image_size}")
         self.image_size = image_size
-        halvings = image_size.bit_length() - 3
+        halvings, bias = image_size.bit_length() - 3, not batch_norm
         widths = [1] + [width * 2**i for i in range(halvings)]
         if not grow:
             widths = [min(w, max_channels) for w in widths]
         layers: list[nn.Module] = []
         for step, (before, after) in enumerate(pairwise(widths)):
-            layers += [_conv4x4(before, after, spectral=spectral_norm), _norm(after, batch_norm and step > 0)]
-            layers += [nn.LeakyReLU(0.2)]
+            layers += [_conv4x4(before, after, spectral=spectral_norm, bias=bias)]
+            layers += [_norm(after, batch_norm and step > 0), nn.LeakyReLU(0.2)]
         last = widths[-1]
         while last > max_channels:
-            layers += [conv3x3(last, last // 2, spectral=spectral_norm), _norm(last // 2, batch_norm)]
+            layers += [conv3x3(last, last // 2, spectral=spectral_norm, bias=bias), _norm(last // 2, batch_norm)]
             layers += [nn.LeakyReLU(0.2)]
             last //= 2
         self.trunk = nn.Sequential(*layers)
 
         self.embedding = nn.Embedding(2, condition_dim)
         self.joint = nn.Sequential(
-            conv3x3(last + condition_dim, last, spectral=spectral_norm), _norm(last, batch_norm), nn.LeakyReLU(0.2)
+            conv3x3(last + condition_dim, last, spectral=spectral_norm, bias=bias),
+            _norm(last, batch_norm),
+            nn.LeakyReLU(0.2),
         )
-        self.conditional = _conv4x4(last, 1, spectral=spectral_norm, stride=4, padding=0)
-        self.unconditional = _conv4x4(last, 1, spectral=spectral_norm, stride=4, padding=0)
+        self.conditional = _conv4x4(last, 1, spectral=spectral_norm, stride=4, padding=0, bias=bias)
+        self.unconditional = _conv4x4(last, 1, spectral=spectral_norm, stride=4, padding=0, bias=bias)
 
     def features(self, images: Tensor) -> Tensor:
         """Gives the trunk's maps (B, C, 4, 4) of images (B, 1, S, S) in [-1, 1]."""
@@ -112,9 +121,9 @@ class CropDiscriminator(nn.Module):
         self.net = nn.Sequential(
             conv3x3(in_channels, width, spectral=True, bias=True),
             nn.LeakyReLU(0.2),
-            _conv4x4(width, 2 * width, spectral=True),
+            _conv4x4(width, 2 * width, spectral=True, bias=True),
             nn.LeakyReLU(0.2),
-            _conv4x4(2 * width, 4 * width, spectral=True),
+            _conv4x4(2 * width, 4 * width, spectral=True, bias=True),
             nn.LeakyReLU(0.2),
             conv3x3(4 * width, 4 * width, spectral=True, bias=True),
             nn.LeakyReLU(0.2),
