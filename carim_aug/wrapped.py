@@ -135,7 +135,8 @@ class PlannedDataset(Dataset):
         key = (self.planner.seed, int(self.epoch) if epoch is None else epoch, index)
         for end, name in self._added:
             if self._count <= index < end:
-                return self.planner.add(key, name, self._hosts)
+                slot = self.planner.add(key, name, self._hosts)
+                return slot if bool(self.enabled) else self.planner.decide(key, slot.host, eligible=False)
         return self.planner.decide(key, index, eligible=eligible and bool(self.enabled))
 
     def __getitem__(self, index: int) -> tuple[Any, Slot]:
@@ -143,8 +144,9 @@ class PlannedDataset(Dataset):
         index = int(index)
         if index < 0:
             index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        end = self._added[-1][0] if self._added else self._count  # not len: `enabled` may change in mid-epoch
+        if not 0 <= index < end:
+            raise IndexError(f"index must be in [0, {end}), got {index}")
         if index >= self._count:
             slot = self.slot(index, False)
             return self.dataset[slot.host], slot
@@ -277,6 +279,10 @@ class MixedDataset(Dataset):
         graft = insertion == "graft"
         new = policy.add_nodule(label) if graft else policy.synthetic(label, cast(str, slot.class_name))
         return layout.put(sample, mixed[0], new)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Gives the items in order."""
+        return (self[i] for i in range(len(self)))
 
     def slot(self, index: int) -> Slot:
         """Gives the decision for an index in the current epoch (loads the host's label)."""

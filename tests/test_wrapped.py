@@ -202,8 +202,20 @@ def test_a_disabled_mix_gives_the_real_data_set():
     mix.enabled = False
     assert len(wrapped) == 8 and [wrapped[i][1] for i in range(8)] == Films(8)._labels
     assert wrapped.class_counts()["Nodule"]["synthetic"] == 0
+    assert [label for _, label in wrapped] == Films(8)._labels
     mix.enabled = True
     assert len(wrapped) == 13
+
+
+def test_a_mix_disabled_in_mid_epoch_goes_on_with_real_samples():
+    films = Films(8)
+    for mix in (make_mix(n_synthetic={"Nodule": 5}), make_mix(n_synthetic={"Nodule": 5}, insertion="graft")):
+        seen = []
+        for images, labels in mix.loader(films, batch_size=4):
+            mix.enabled = False
+            seen += [(float(image.mean()), int(label)) for image, label in zip(images, labels, strict=True)]
+        real = [(float(films[i][0].mean()), int(films[i][1])) for i in range(8)]
+        assert len(seen) == 13 and set(seen[8:]) <= set(real)
 
 
 # --- Labels beside the images ---
