@@ -1,6 +1,15 @@
-"""Losses of the GAN: least squares on an unconditional and a conditional head (METHOD 3, eq. 3 and 4)."""
+"""Losses of the GAN: least squares on two heads (METHOD 3, eq. 3 and 4), CARIM (METHOD 4, eq. 6), pairs."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from carim_aug.cam import enlarged, normalised
+
+CARIM_FORMS: tuple[str, ...] = ("source", "softplus")
+"""Forms of the CARIM loss; see `carim_loss`."""
 
 
 def lsgan_real(scores: Tensor) -> Tensor:
@@ -45,3 +54,47 @@ def outside_loss(difference: Tensor, allowed: Tensor) -> Tensor:
         allowed: (B, 1, S, S) in [0, 1], 1 where a difference is wanted.
     """
     return (difference.float().abs() * (1 - allowed)).mean()
+
+
+class CARIMLoss(NamedTuple):
+    """The loss, a scalar with gradient, and the share of nodule samples that give it none, a scalar in [0, 1]."""
+
+    loss: Tensor
+    dead: Tensor
+
+
+def carim_loss(maps: Tensor, masks: Tensor, *, form: str = "source") -> CARIMLoss:
+    """Gives L_CARIM (eq. 6): the mean of (1 - M_norm)^2 over a mask's pixels, then over the samples that have a mask.
+
+    In the source's form M = ReLU(maps), enlarged to the image and divided by its largest value. A sample whose map is
+    nowhere positive counts as M_norm = 0, adds 1 and has no gradient: it is dead. With "softplus", our own form, M is
+    softplus(maps / mean |maps|): positive everywhere, so that no sample is dead, and the maps' scale means nothing.
+
+    Args:
+        maps: (B, 1, h, w), signed maps of the target class, as `carim_aug.cam.activation_map` gives them.
+        masks: (B, 1, S, S) in {0, 1}; empty for normal samples, which do not count.
+        form: of `CARIM_FORMS`.
+
+    Returns:
+        Loss, 0 if no sample has a mask, and dead share.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown form.
+    """
+    if form not in CARIM_FORMS:
+        raise ValueError(f"form must be one of {CARIM_FORMS}, got {form!r}")
+    if maps.ndim != 4 or maps.shape[1] != 1 or masks.ndim != 4 or masks.shape[:2] != maps.shape[:2]:
+        raise ValueError(f"maps and masks must be (B, 1, h, w), got {tuple(maps.shape)} and {tuple(masks.shape)}")
+    maps, masks = maps.float(), masks.float()
+    if form == "source":
+        seen = maps.relu()
+    else:
+        scale = maps.detach().abs().mean(dim=(2, 3), keepdim=True)
+        seen = F.softplus(maps / scale.clamp(min=torch.finfo(maps.dtype).tiny))
+    seen = normalised(enlarged(seen, masks.shape[-1]))
+    pixels = masks.sum(dim=(1, 2, 3))
+    each = ((1 - seen).square() * masks).sum(dim=(1, 2, 3)) / pixels.clamp(min=1)
+    asked = pixels > 0
+    count = asked.sum().clamp(min=1)
+    dead = asked & (seen.detach().amax(dim=(1, 2, 3)) <= 0)
+    return CARIMLoss((each * asked).sum() / count, dead.sum() / count)
