@@ -25,8 +25,10 @@ def _norm(channels: int, batch_norm: bool) -> nn.Module:
 class ScaleDiscriminator(nn.Module):
     """Judges images of one scale: is it real, and does it fit its class (eq. 3).
 
-    Without batch norm every convolution has a bias. A stack of bias-free convolutions and leaky ReLUs gives twice the
-    score to twice the image, so that stronger blacks and whites look more real and the generator saturates.
+    Without batch norm every convolution has a bias and the two heads have no spectral norm. A bias-free stack gives
+    twice the score to twice the image, so that stronger blacks and whites look more real. And spectral norm takes the
+    features' norm from 60 at the image to 3 at the heads, which at norm 1 cannot tell anything: with it, real and
+    generated films both scored 0.5 +- 0.1 at 64 px, and the generator's brightness strayed.
 
     Args:
         image_size: side of the images in pixels, a power of two, at least 16.
@@ -36,7 +38,7 @@ class ScaleDiscriminator(nn.Module):
         condition_dim: length of the class embedding that is tiled and concatenated for the conditional head.
         batch_norm: batch norm after all trunk convolutions but the first.
         grow: see `max_channels`.
-        spectral_norm: spectral normalisation of all convolutions.
+        spectral_norm: spectral normalisation of all convolutions; of the heads with batch norm only.
     """
 
     def __init__(
@@ -76,8 +78,8 @@ class ScaleDiscriminator(nn.Module):
             _norm(last, batch_norm),
             nn.LeakyReLU(0.2),
         )
-        self.conditional = _conv4x4(last, 1, spectral=spectral_norm, stride=4, padding=0, bias=bias)
-        self.unconditional = _conv4x4(last, 1, spectral=spectral_norm, stride=4, padding=0, bias=bias)
+        self.conditional = _conv4x4(last, 1, spectral=spectral_norm and batch_norm, stride=4, padding=0, bias=bias)
+        self.unconditional = _conv4x4(last, 1, spectral=spectral_norm and batch_norm, stride=4, padding=0, bias=bias)
 
     def features(self, images: Tensor) -> Tensor:
         """Gives the trunk's maps (B, C, 4, 4) of images (B, 1, S, S) in [-1, 1]."""
