@@ -1,15 +1,11 @@
 """Stage 1 on a drawn phantom in ChestX-ray14's layout: that the recipe runs, resumes and exports."""
 
-import csv
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from carim_aug.data.phantom import phantom_chest
 from carim_aug.hub import NoduleGenerator
 from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
 from carim_aug.prior import LocationPrior
@@ -19,45 +15,6 @@ from train.presets import PRESETS
 from train.run import Run
 
 TINY = dataclasses.replace(PRESETS["tiny"], images=48, batch=8, grow_at=(16,), snapshot_images=16)
-
-
-@pytest.fixture(scope="module")
-def phantom_data(tmp_path_factory):
-    """A folder in ChestX-ray14's layout: 24 drawn chests of 24 patients, a third with a nodule, half of those boxed."""
-    root = tmp_path_factory.mktemp("phantom")
-    (root / "images").mkdir()
-    rows, boxes, splits = [], [], []
-    for i in range(24):
-        name, nodule = f"{i + 1:08d}_000.png", i % 3 == 0
-        box = [20 + i, 24, 28 + i, 32]
-        image = phantom_chest(64, nodule_box=box if nodule else None, seed=i)
-        Image.fromarray((image[0].numpy() * 255).astype(np.uint8)).save(root / "images" / name)
-        rows.append([name, "Nodule" if nodule else "No Finding", 0, i + 1, 50, "M", "PA", 1024, 1024, 0.14, 0.14])
-        splits.append([name, "train"])
-        if nodule and i % 2 == 0:
-            boxes.append([name, "Nodule", *(16 * v for v in (box[0], box[1], 8, 8))])
-    head = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-    head += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-    for name, header, lines in (
-        ("Data_Entry_2017_v2020.csv", head, rows),
-        ("BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h]", boxes),
-        ("split.csv", "Image Index,split", splits),
-    ):
-        with (root / name).open("w", newline="") as file:
-            file.write(header + "\n")
-            csv.writer(file).writerows(lines)
-    return root
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory):
-    """Round soft templates in the layout of the CT nodules' file."""
-    y, x = np.mgrid[:50, :50] - 24.5
-    discs = np.stack([np.clip(r**2 - x**2 - y**2, 0, None) ** 0.5 for r in np.linspace(3, 12, 12)]).astype(np.float16)
-    path = tmp_path_factory.mktemp("ct") / "templates.npz"
-    diameter = np.linspace(6, 24, 12).astype(np.float32)
-    np.savez(path, frontal=discs, sagittal=discs, diameter_mm=diameter, name=np.array([str(i) for i in range(12)]))
-    return path
 
 
 def test_films_are_split_by_class_and_know_their_boxes(phantom_data):
