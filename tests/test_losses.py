@@ -8,6 +8,7 @@ from carim_aug.losses import (
     carim_loss,
     discriminator_loss,
     generator_loss,
+    level_loss,
     lsgan_fake,
     lsgan_real,
     outside_loss,
@@ -41,6 +42,32 @@ def test_outside_loss_counts_only_where_no_difference_is_allowed():
     allowed = torch.zeros(1, 1, 4, 4)
     assert outside_loss(difference, allowed).item() == pytest.approx(0.5)
     assert outside_loss(difference, torch.ones_like(allowed)).item() == 0
+
+
+def _films(n, seed, level=0.0):
+    return (torch.randn(n, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 0.3 + level).clamp(-1, 1)
+
+
+def test_level_loss_is_zero_for_the_same_films_in_any_order():
+    films = _films(6, 0)
+    rng = torch.Generator().manual_seed(0)
+    assert level_loss(films, films[torch.tensor([3, 1, 5, 0, 2, 4])], generator=rng).item() == pytest.approx(
+        0, abs=1e-12
+    )
+
+
+def test_level_loss_of_flat_films_by_hand():
+    # Features are (a, .., a, a^2, .., a^2): along a unit axis u the squared gap is (gap . u)^2, its mean |gap|^2 / 128.
+    fake, real = torch.full((4, 1, 32, 32), 0.5), torch.full((4, 1, 32, 32), 0.1)
+    value = level_loss(fake, real, generator=torch.Generator().manual_seed(0), directions=20_000)
+    assert value.item() == pytest.approx(64 * (0.4**2 + 0.24**2) / 128, rel=0.03)
+
+
+def test_level_loss_pulls_brightness_back():
+    fake, real = _films(16, 1, 0.5).requires_grad_(), _films(16, 2)
+    rng = torch.Generator().manual_seed(0)
+    level_loss(fake, real, generator=rng).backward()
+    assert (fake.grad.sum(dim=(1, 2, 3)) > 0).float().mean() > 0.8  # downhill is darker
 
 
 # --- CARIM (eq. 6) ---

@@ -26,7 +26,14 @@ from carim_aug.augment import DiffAugment
 from carim_aug.data.ct_nodules import CTNodules
 from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold
-from carim_aug.losses import discriminator_loss, generator_loss, lsgan_fake, lsgan_real, outside_loss
+from carim_aug.losses import (
+    discriminator_loss,
+    generator_loss,
+    level_loss,
+    lsgan_fake,
+    lsgan_real,
+    outside_loss,
+)
 from carim_aug.masks import boxes_to_masks
 from carim_aug.models.discriminator import CropDiscriminator, ScaleDiscriminator
 from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
@@ -165,7 +172,7 @@ def train_step(
     sum(losses.values(), torch.zeros((), device=device)).backward()
     optimizers["discriminators"].step()
 
-    # Update G: eq. 4 on every scale, then the crops, then nothing outside the mask.
+    # Update G: eq. 4 on every scale, then the crops, then nothing outside the mask, then the films' brightness.
     made = augmented(fakes)
     g_losses: dict[str, Tensor] = {}
     with frozen(networks.discriminators()), autocast, parametrize.cached():
@@ -177,6 +184,8 @@ def train_step(
     if preset.outside_weight > 0:
         allowed = F.adaptive_avg_pool2d(F.max_pool2d(batch.masks, 5, 1, 2), sizes[-1])
         g_losses["g_outside"] = preset.outside_weight * outside_loss(difference, allowed)
+    if preset.level_weight > 0:
+        g_losses["g_level"] = preset.level_weight * level_loss(fakes[-1], reals[-1], generator=generator)
     optimizers["generator"].zero_grad(set_to_none=True)
     sum(g_losses.values(), torch.zeros((), device=device)).backward()
     optimizers["generator"].step()

@@ -23,6 +23,7 @@ class GANPreset:
         crop_weight: weight of the discriminator of (image, mask) crops in the generator's loss; 0 leaves it out.
         difference_weight: the same for (difference, mask) crops.
         outside_weight: weight of the mean |difference| outside the dilated mask.
+        level_weight: weight of `carim_aug.losses.level_loss` on the last scale.
         grow_at: images seen at which branch 2, 3, .. joins (progressive training); all from the start if empty.
         ema_images: half-life of the moving average of the weights, in images.
         snapshot_images: a picture and a checkpoint every so many images.
@@ -42,6 +43,7 @@ class GANPreset:
     crop_weight: float = 1.0
     difference_weight: float = 3.0
     outside_weight: float = 20.0
+    level_weight: float = 20.0
     grow_at: tuple[int, ...] = ()
     ema_images: int = 3_000
     snapshot_images: int = 4_000
@@ -68,6 +70,7 @@ PRESETS: dict[str, GANPreset] = {
         crop_weight=0.0,
         difference_weight=0.0,
         outside_weight=0.0,
+        level_weight=0.0,
         snapshot_images=50_000,
     ),
     "fast256": GANPreset("fast256", images=2_000_000, batch=32, grow_at=(100_000, 300_000), snapshot_images=25_000),
