@@ -39,17 +39,17 @@ def ct_nodules() -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory):
-    """A folder in ChestX-ray14's layout: 24 drawn chests of 24 patients, a third with a nodule, half of those boxed."""
+    """ChestX-ray14's layout: 24 drawn chests to train, 12 to validate, a third with a nodule, half of those boxed."""
     root = tmp_path_factory.mktemp("phantom")
     (root / "images").mkdir()
     rows, boxes, splits = [], [], []
-    for i in range(24):
+    for i in range(36):
         name, nodule = f"{i + 1:08d}_000.png", i % 3 == 0
-        box = [20 + i, 24, 28 + i, 32]
+        box = [20 + i % 24, 24, 28 + i % 24, 32]
         image = phantom_chest(64, nodule_box=box if nodule else None, seed=i)
         Image.fromarray((image[0].numpy() * 255).astype(np.uint8)).save(root / "images" / name)
         rows.append([name, "Nodule" if nodule else "No Finding", 0, i + 1, 50, "M", "PA", 1024, 1024, 0.14, 0.14])
-        splits.append([name, "train"])
+        splits.append([name, "train" if i < 24 else "val"])
         if nodule and i % 2 == 0:
             boxes.append([name, "Nodule", *(16 * v for v in (box[0], box[1], 8, 8))])
     head = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

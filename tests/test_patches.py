@@ -83,4 +83,4 @@ def test_poisson_copies_carry_the_nodule_to_the_new_place(phantom_data):
 
 def test_splits_without_boxes_are_refused(phantom_data):
     with pytest.raises(ValueError, match="need normal films and nodule boxes, got 0 and 0"):
-        read_patients(phantom_data, ["val"])
+        read_patients(phantom_data, ["test"])

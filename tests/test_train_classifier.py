@@ -1,0 +1,97 @@
+"""The classifier's recipe on drawn chests: batches, losses, resume, report, bad input."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from carim_aug.data.chestxray14 import FINDINGS
+from carim_aug.data.ct_nodules import CTNodules
+from carim_aug.evaluation.pointing import pointing_chance, pointing_hit
+from carim_aug.models.classifier import ChestClassifier
+from carim_aug.prior import LocationPrior
+from train.classifier import NODULE, PRESETS, draw_films, map_loss, read_labelled, train_classifier, train_step
+
+TINY = dataclasses.replace(PRESETS["tiny"], images=32, batch=8, validate_images=16)
+
+
+def test_batches_are_keyed_and_their_masks_are_of_the_nodules(phantom_data, templates):
+    films, prior, ct = read_labelled(phantom_data, "train", 32), LocationPrior.bundled(), CTNodules(templates)
+    preset = dataclasses.replace(TINY, batch=32, nodules=0.25, superimposed=0.5)
+    a = draw_films(films, prior, ct, preset, seed=1, images_seen=64)
+    b = draw_films(films, prior, ct, preset, seed=1, images_seen=64)
+    other = draw_films(films, prior, ct, preset, seed=1, images_seen=96)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], other[0])
+    images, labels, masks, known = a
+    assert images.shape == masks.shape == (32, 1, 32, 32) and images.abs().max() <= 1
+    shown = masks.flatten(1).amax(dim=1) > 0
+    assert shown[-16:].sum() >= 14 and known[-16:].all() and (labels[-16:, NODULE] == 1).all()  # superimposed
+    assert not shown[labels[:, NODULE] == 0].any()
+    assert films.labels[:, NODULE].sum() == 8  # the caller's labels are not changed
+
+
+def test_map_loss_by_hand():
+    maps = torch.zeros(1, 1, 2, 2)
+    masks = torch.zeros(1, 1, 4, 4)
+    masks[..., 0, 3] = 1
+    known = torch.tensor([True])
+    bias = torch.tensor(0.0)
+    assert map_loss(maps, bias, masks, known).item() == pytest.approx(0.6931, abs=1e-3)
+    right = torch.tensor([[[[-5.0, 5.0], [-5.0, -5.0]]]])
+    assert map_loss(right, bias, masks, known) < 1e-3 < 1 < map_loss(-right, bias, masks, known)
+    assert map_loss(-right, bias, masks, ~known) == 0
+
+
+def test_pointing_game_by_hand():
+    maps = torch.zeros(3, 1, 8, 8)
+    maps[0, 0, 2, 5] = maps[1, 0, 2, 5] = maps[2, 0, 2, 5] = 1
+    boxes = [torch.tensor([[4.0, 2, 6, 4]]), torch.tensor([[0.0, 0, 2, 2], [5, 1, 7, 3]]), torch.empty(0, 4)]
+    assert pointing_hit(maps, boxes).tolist() == [True, True, False]
+    field = torch.zeros(8, 8, dtype=torch.bool)
+    field[:, 4:] = True
+    assert pointing_chance(boxes, field).tolist() == [4 / 32, 4 / 32, 0]
+
+
+@pytest.fixture(scope="module")
+def run(phantom_data, templates, tmp_path_factory):
+    out = tmp_path_factory.mktemp("classifier")
+    return train_classifier(TINY, data=phantom_data, ct_nodules=templates, out=out)
+
+
+def test_recipe_writes_a_classifier_and_a_report(run):
+    classifier = ChestClassifier.load(run)
+    assert classifier.findings == FINDINGS and classifier.size == 32
+    figures = json.loads((run.parent / "report.json").read_text())
+    assert set(figures) == {"val"} and set(figures["val"]["auc"]) == {"Nodule"}
+    row, game = figures["val"]["auc"]["Nodule"], figures["val"]["pointing"]
+    assert row["films"] == 4 and 0 <= row["interval"][0] <= row["auc"] <= row["interval"][1] <= 1
+    assert game["films"] == 2 and 0 < game["chance"] < 1 and 0 <= game["hit"] <= 1
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, phantom_data, templates, tmp_path, monkeypatch):
+    options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path}
+    with pytest.raises(ValueError, match="before the first validation"):
+        train_classifier(TINY, minutes=0, **options)
+    steps = []
+
+    def killed(*args):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return train_step(*args)
+
+    monkeypatch.setattr("train.classifier.train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(TINY, **options)
+    monkeypatch.undo()
+    train_classifier(TINY, **options)
+    a, b = (torch.load(folder / "checkpoint-000000032.pt", weights_only=True) for folder in (run.parent, tmp_path))
+    assert all(torch.equal(v, b["classifier"][k]) for k, v in a["classifier"].items())
+
+
+def test_data_without_what_is_needed_is_refused_before_training(phantom_data, tmp_path):
+    with pytest.raises(ValueError, match="at least 64 films, some normal, got 24"):
+        train_classifier(dataclasses.replace(TINY, batch=64), data=phantom_data, ct_nodules=None, out=tmp_path / "a")
+    with pytest.raises(ValueError, match="the test split holds no film"):
+        read_labelled(phantom_data, "test", 32)
