@@ -6,11 +6,15 @@ import json
 import pytest
 import torch
 
+from carim_aug.data.chestxray14 import FINDINGS
 from carim_aug.hub import NoduleGenerator
+from carim_aug.models.classifier import ChestClassifier
 from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
 from carim_aug.prior import LocationPrior
 from train.films import at_least, crop_at, draw_batch, read_films
-from train.gan import Networks, retake_statistics, train_gan
+from train.gan import train_gan, train_step
+from train.influence import Influence
+from train.networks import Networks, retake_statistics
 from train.presets import PRESETS
 from train.run import Run
 
@@ -119,3 +123,63 @@ def test_statistics_taken_anew_are_those_of_the_generator_at_hand():
     # The stem's norm sees z W: |w|^2 is its variance for standard normal noise, times 6 / 7 in a batch of 4 pairs.
     expected = generator.stem.linear.weight.detach().square().sum(dim=1)
     assert (after["stem.norm.running_var"] / expected).mean() == pytest.approx(6 / 7, abs=0.03)
+
+
+# --- Stage 2 ---
+@pytest.fixture(scope="module")
+def classifier_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    ChestClassifier(FINDINGS, size=32).save(path)
+    return path
+
+
+def test_stage_2_starts_from_stage_1_and_leaves_the_classifier_alone(
+    phantom_data, templates, classifier_file, tmp_path, monkeypatch
+):
+    options = {"data": phantom_data, "ct_nodules": templates}
+    train_gan(TINY, out=tmp_path / "1", **options)
+    seen, ratios = [], []
+
+    def watched(*args, influence=None, **kwargs):
+        losses = train_step(*args, influence=influence, **kwargs)
+        if influence is not None:
+            seen.append({k: v.clone() for k, v in influence.classifier.state_dict().items()})
+            ratios.append(losses.get("carim_ratio"))
+        assert ("g_carim" in losses) == (influence is not None)
+        return losses
+
+    monkeypatch.setattr("train.gan.train_step", watched)
+    preset = dataclasses.replace(TINY, images=112, carim_weight=1.0, carim_every=2)
+    folder = train_gan(preset, out=tmp_path / "2", start=tmp_path / "1", classifier=classifier_file, **options)
+    assert len(seen) == 4  # of 8 steps each second
+    before = ChestClassifier.load(classifier_file).state_dict()
+    assert all(torch.equal(v, before[k]) for state in seen for k, v in state.items())
+    assert ratios[0] is not None and ratios[0] > 0
+    recipe = NoduleGenerator.from_pretrained(folder).provenance["recipe"]
+    assert (recipe["stage"], recipe["stage_2_from"], recipe["images_seen"]) == (2, 48, 112)
+    lines = [json.loads(line) for line in (tmp_path / "2" / "log.jsonl").read_text().splitlines()]
+    assert 0 <= lines[0]["dead"] <= 1 and lines[0]["carim_ratio"] > 0
+
+
+def test_stage_2_refuses_what_does_not_fit(phantom_data, templates, classifier_file, tmp_path):
+    options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path / "2"}
+    with pytest.raises(ValueError, match="start and classifier make stage 2 together"):
+        train_gan(TINY, start=tmp_path, **options)
+    with pytest.raises(ValueError, match="has no recipe.json"):
+        train_gan(TINY, start=tmp_path, classifier=classifier_file, **options)
+    Run(tmp_path / "other", {"preset": {**TINY.to_dict(), "architecture": "fast128"}})
+    with pytest.raises(ValueError, match="same networks, got {'architecture': 'fast128'}"):
+        train_gan(TINY, start=tmp_path / "other", classifier=classifier_file, **options)
+    Run(tmp_path / "empty", {"preset": TINY.to_dict()})
+    with pytest.raises(ValueError, match="start must hold a checkpoint"):
+        train_gan(TINY, start=tmp_path / "empty", classifier=classifier_file, **options)
+
+
+def test_a_classifier_without_the_finding_or_still_training_is_refused():
+    torch.manual_seed(0)
+    net = ChestClassifier(["Mass"], size=32)
+    with pytest.raises(ValueError, match="finding must be one of the classifier's"):
+        Influence(net.eval().requires_grad_(False), 1.0, "source")
+    with pytest.raises(ValueError, match="classifier must be in eval mode"):
+        Influence(ChestClassifier(["Nodule"], size=32), 1.0, "source")

@@ -1,24 +1,25 @@
-"""Stage 1 of the CARIM-cGAN: `python -m train.gan --preset fast128 --data FOLDER --out runs/fast128` (METHOD 6).
+"""The CARIM-cGAN: `python -m train.gan --preset fast128 --data FOLDER --out runs/fast128` (METHOD 6).
 
-The same command resumes. Everything random is keyed by (seed, images seen). Our extensions to the source, each a number
-of the preset: no batch norm in the discriminators, DiffAugment, progressive branches, matched pairs in every batch
-(same noise with and without mask), discriminators of crops at the mask, CT nodules superimposed on normal films.
+Stage 2 goes on from a run of stage 1: `... --start runs/fast128 --classifier FILE --out runs/stage2`. The same command
+resumes. Everything random is keyed by (seed, images seen). Our extensions to the source, each a number of the preset:
+no batch norm in the discriminators, DiffAugment, progressive branches, matched pairs in every batch (same noise with
+and without mask), discriminators of crops at the mask, CT nodules superimposed on normal films, brightness held to
+that of real films.
 """
 
 import argparse
 import contextlib
+import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -35,66 +36,14 @@ from carim_aug.losses import (
     outside_loss,
 )
 from carim_aug.masks import boxes_to_masks
-from carim_aug.models.discriminator import CropDiscriminator, ScaleDiscriminator
-from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
+from carim_aug.models.classifier import ChestClassifier
+from carim_aug.models.generator import ARCHITECTURES
 from carim_aug.prior import LocationPrior
-from train.films import DIFFERENCE_GAIN, Batch, Films, at_least, crop_at, draw_batch, draw_masks, read_films
+from train.films import DIFFERENCE_GAIN, Batch, Films, crop_at, draw_batch, read_films
+from train.influence import Influence, gradient_ratio
+from train.networks import Networks, frozen, retake_statistics
 from train.presets import PRESETS, GANPreset
 from train.run import Run, git_commit
-
-
-class Networks(nn.Module):
-    """Generator, its moving average, and all discriminators of one run."""
-
-    def __init__(self, preset: GANPreset) -> None:
-        """Makes untrained networks."""
-        super().__init__()
-        config = ARCHITECTURES[preset.architecture]
-        self.generator = MultiScaleGenerator(config)
-        self.scales = nn.ModuleList(
-            ScaleDiscriminator(
-                config.image_size >> (config.branches - 1 - i),
-                width=preset.discriminator_width,
-                max_channels=preset.discriminator_channels,
-                condition_dim=preset.condition_dim,
-                batch_norm=preset.discriminator_norm,
-                grow=preset.discriminator_norm,
-            )
-            for i in range(config.branches)
-        )
-        self.crop = CropDiscriminator()
-        self.difference = CropDiscriminator()
-        half_life = preset.ema_images / preset.batch
-
-        def average(averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:
-            decay = min(0.5 ** (1 / half_life), (1 + int(steps)) / (10 + int(steps)))
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-
-        self.average = AveragedModel(self.generator, multi_avg_fn=average)
-
-    def update_average(self) -> None:
-        """Averages the parameters; copies the buffers (spectral norm's vectors, batch norm's statistics)."""
-        self.average.update_parameters(self.generator)
-        for mean, now in zip(self.average.module.buffers(), self.generator.buffers(), strict=True):
-            mean.copy_(now)
-
-    def discriminators(self) -> list[nn.Module]:
-        """Gives all networks that judge."""
-        return [*self.scales, self.crop, self.difference]
-
-
-@contextlib.contextmanager
-def frozen(modules: list[nn.Module]) -> Iterator[None]:
-    """Keeps the modules' parameters without gradient inside the block."""
-    parameters = [p for m in modules for p in m.parameters()]
-    before = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in zip(parameters, before, strict=True):
-            p.requires_grad_(flag)
 
 
 def train_step(
@@ -106,6 +55,8 @@ def train_step(
     scales: int,
     generator: torch.Generator,
     autocast: contextlib.AbstractContextManager[Any],
+    influence: Influence | None = None,
+    measure: bool = False,
 ) -> dict[str, float]:
     """Does one update of all discriminators and of the generator; gives the losses.
 
@@ -117,6 +68,8 @@ def train_step(
         scales: branches that train now.
         generator: random stream of the augmentation, on CPU.
         autocast: precision of the networks.
+        influence: the CARIM loss, where this step has it.
+        measure: also give the ratio of its gradient's norm to the adversarial one's, at the last scale's images.
     """
     config = ARCHITECTURES[preset.architecture]
     full, half = scales == config.branches, len(batch.noise)
@@ -184,6 +137,13 @@ def train_step(
     if preset.outside_weight > 0:
         allowed = F.adaptive_avg_pool2d(F.max_pool2d(batch.masks, 5, 1, 2), sizes[-1])
         g_losses["g_outside"] = preset.outside_weight * outside_loss(difference, allowed)
+    more: dict[str, float] = {}
+    if influence is not None and full:
+        with autocast:
+            g_losses["g_carim"], dead = influence.loss(with_mask, batch.masks)
+        more["dead"] = float(dead)
+        if measure:
+            more["carim_ratio"] = gradient_ratio(g_losses["g_carim"], g_losses[f"g{sizes[-1]}"], fakes[-1])
     if preset.level_weight > 0:
         g_losses["g_level"] = preset.level_weight * level_loss(fakes[-1], reals[-1], generator=generator)
     optimizers["generator"].zero_grad(set_to_none=True)
@@ -193,7 +153,7 @@ def train_step(
     with torch.no_grad():
         inside = F.adaptive_avg_pool2d(batch.masks, sizes[-1])
         contrast = (difference * inside).sum() / inside.sum().clamp(min=1e-6)
-    return {k: float(v.detach()) for k, v in (losses | g_losses | {"contrast": contrast}).items()}
+    return {k: float(v.detach()) for k, v in (losses | g_losses | {"contrast": contrast}).items()} | more
 
 
 def train_gan(
@@ -209,8 +169,10 @@ def train_gan(
     device: str = "cpu",
     prior: LocationPrior | None = None,
     limit: int | None = None,
+    start: str | Path | None = None,
+    classifier: str | Path | None = None,
 ) -> Path:
-    """Trains stage 1, or goes on with it, and writes the averaged generator; gives its folder.
+    """Trains one stage, or goes on with it, and writes the averaged generator; gives its folder.
 
     Args:
         preset: the numbers.
@@ -224,7 +186,11 @@ def train_gan(
         device: "cpu" or "cuda".
         prior: of the masks; the bundled one by default.
         limit: at most so many normal films (for trials).
+        start: a run of stage 1 whose newest checkpoint stage 2 starts from.
+        classifier: file of the frozen classifier of stage 2; see `ChestClassifier.load`.
     """
+    if (start is None) != (classifier is None):
+        raise ValueError(f"start and classifier make stage 2 together, got {start!r} and {classifier!r}")
     where = torch.device(device)
     config = ARCHITECTURES[preset.architecture]
     numbers = {k: v for k, v in preset.to_dict().items() if k != "images"}  # a run may be prolonged
@@ -237,6 +203,12 @@ def train_gan(
     }
     if note:
         recipe["note"] = note
+    influence, begun = None, None
+    if start is not None and classifier is not None:
+        begun = newest_checkpoint(start, numbers)
+        frozen_classifier = ChestClassifier.load(classifier).to(where)
+        influence = Influence(frozen_classifier, preset.carim_weight, preset.carim_form, preset.carim_every)
+        recipe["stage_2_from"] = begun["images_seen"]
     run = Run(out, recipe)
     prior = prior or LocationPrior.bundled()
     ct = CTNodules(ct_nodules) if ct_nodules is not None else None
@@ -253,7 +225,7 @@ def train_gan(
         "discriminators": torch.optim.Adam(judges, preset.learning_rate, preset.betas),
     }
     images_seen = 0
-    if (state := run.load()) is not None:
+    if (state := run.load() or begun) is not None:
         images_seen = state["images_seen"]
         networks.load_state_dict(state["networks"])
         for name, optimizer in optimizers.items():
@@ -283,6 +255,8 @@ def train_gan(
 
     autocast = torch.autocast(where.type, torch.bfloat16)
     started, last_log, first = time.monotonic(), 0.0, images_seen
+    measured = -math.inf
+    carim: dict[str, float] = {}  # as last taken: not every step has it
     networks.train()
     scales = config.branches
     with tqdm(total=preset.images, initial=images_seen, unit="image", desc=preset.architecture) as bar:
@@ -291,7 +265,21 @@ def train_gan(
             scales = config.branches - len(preset.grow_at) + grown
             batch = draw_batch(films, prior, ct, preset, seed=seed, images_seen=images_seen)
             stream = torch.Generator().manual_seed(fold(seed, images_seen, 2))
-            losses = train_step(networks, optimizers, batch, preset, scales=scales, generator=stream, autocast=autocast)
+            asked = influence is not None and (images_seen // preset.batch) % influence.every == 0
+            losses = train_step(
+                networks,
+                optimizers,
+                batch,
+                preset,
+                scales=scales,
+                generator=stream,
+                autocast=autocast,
+                influence=influence if asked else None,
+                measure=time.monotonic() - measured > 20,
+            )
+            if "carim_ratio" in losses:
+                measured = time.monotonic()
+            carim |= {k: losses[k] for k in ("g_carim", "dead", "carim_ratio") if k in losses}
             if not all(map(math.isfinite, losses.values())):
                 raise FloatingPointError(f"a loss is not finite after {images_seen} images: {losses}")
             images_seen += preset.batch
@@ -303,46 +291,35 @@ def train_gan(
                     images=images_seen,
                     scales=scales,
                     images_per_s=round(rate, 2),
-                    **{k: round(v, 4) for k, v in losses.items()},
+                    **{k: round(v, 4) for k, v in (losses | carim).items()},
                 )
             if images_seen % preset.snapshot_images < preset.batch:
                 snapshot()
     return snapshot()
 
 
-def retake_statistics(
-    generator: MultiScaleGenerator, prior: LocationPrior, preset: GANPreset, *, seed: int, batches: int = 60
-) -> None:
-    """Takes the batch norm statistics anew, in place: those of the training do not fit averaged weights.
+def newest_checkpoint(start: str | Path, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Gives the newest checkpoint of a run of stage 1.
 
     Args:
-        generator: left in eval mode.
-        prior: of the masks.
-        preset: its batch: half matched pairs' masks, half none, as in training.
-        seed: of the noise and masks.
-        batches: whose statistics are averaged.
+        start: the run's folder.
+        numbers: of the preset that is to go on; its networks must be those of the run.
+
+    Raises:
+        ValueError: no run, no readable checkpoint, or one of other networks.
     """
-    norms = [m for m in generator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean of all batches
-    size, device = generator.image_size, next(generator.parameters()).device
-    stream = torch.Generator().manual_seed(fold(seed, 3))
-    vectors = {k: v.clone() for k, v in generator.named_buffers() if k.endswith(("_u", "_v"))}
-    generator.train()
-    with torch.no_grad():
-        for _ in range(batches):
-            noise = torch.randn(preset.batch // 2, generator.noise_dim, generator=stream).to(device)
-            boxes = prior.sample(len(noise), generator=stream, image_size=size).boxes
-            masks = draw_masks([at_least(b, 2, size) for b in boxes], size, stream).to(device)
-            generator.pyramid(torch.cat([noise, noise]), torch.cat([masks, torch.zeros_like(masks)]))
-        for name, value in generator.named_buffers():
-            if name in vectors:
-                value.copy_(vectors[name])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    generator.eval()
+    path = Path(start) / "recipe.json"
+    if not path.is_file():
+        raise ValueError(f"start must be the folder of a run, got {start}, which has no recipe.json")
+    recipe = json.loads(path.read_text())
+    names = ("architecture", "discriminator_width", "discriminator_channels", "condition_dim", "discriminator_norm")
+    other = {k: recipe["preset"].get(k) for k in names if recipe["preset"].get(k) != numbers[k]}
+    if other:
+        raise ValueError(f"start must be a run of the same networks, got {other} in {path}")
+    state = Run(start, recipe).load()
+    if state is None:
+        raise ValueError(f"start must hold a checkpoint, got none that can be read in {start}")
+    return state
 
 
 def export(
@@ -357,7 +334,7 @@ def export(
     data += f" ({len(films.boxed)} boxed)"
     if run.recipe["ct_nodules"]:
         data += "; CT nodules in projection (LUNA16 / LIDC-IDRI) superimposed on normal films"
-    recipe = {**run.recipe, "images_seen": images_seen, "stage": 1}
+    recipe = {**run.recipe, "images_seen": images_seen, "stage": 2 if "stage_2_from" in run.recipe else 1}
     generator.save_pretrained(folder, training_data=data, recipe=recipe, git_commit=git_commit())
     prior.save(folder / "prior.safetensors")
     return folder
@@ -374,6 +351,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--data-name", default="", help="what the data are called in the weights")
     parser.add_argument("--note", default="", help="kept in the recipe")
+    parser.add_argument("--start", help="stage 2: the run of stage 1 to start from")
+    parser.add_argument("--classifier", help="stage 2: file of the frozen classifier")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -390,6 +369,8 @@ def main() -> None:
         data_name=args.data_name,
         note=args.note,
         device=args.device,
+        start=args.start,
+        classifier=args.classifier,
     )
     print(f"weights: {folder}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GANPreset:
-    """Numbers of one stage-1 training.
+    """Numbers of one training, both stages.
 
     Attributes:
         architecture: name in `carim_aug.models.generator.ARCHITECTURES`.
@@ -24,6 +24,9 @@ class GANPreset:
         difference_weight: the same for (difference, mask) crops.
         outside_weight: weight of the mean |difference| outside the dilated mask.
         level_weight: weight of `carim_aug.losses.level_loss` on the last scale.
+        carim_weight: lambda of eq. 7, in stage 2.
+        carim_form: of `carim_aug.losses.CARIM_FORMS`.
+        carim_every: the CARIM loss each so many steps, with so many times the weight.
         grow_at: images seen at which branch 2, 3, .. joins (progressive training); all from the start if empty.
         ema_images: half-life of the moving average of the weights, in images.
         snapshot_images: a picture and a checkpoint every so many images.
@@ -44,6 +47,9 @@ class GANPreset:
     difference_weight: float = 3.0
     outside_weight: float = 20.0
     level_weight: float = 20.0
+    carim_weight: float = 0.001
+    carim_form: str = "softplus"
+    carim_every: int = 4
     grow_at: tuple[int, ...] = ()
     ema_images: int = 3_000
     snapshot_images: int = 4_000
@@ -71,6 +77,8 @@ PRESETS: dict[str, GANPreset] = {
         difference_weight=0.0,
         outside_weight=0.0,
         level_weight=0.0,
+        carim_form="source",
+        carim_every=1,
         snapshot_images=50_000,
     ),
     "fast256": GANPreset("fast256", images=2_000_000, batch=32, grow_at=(100_000, 300_000), snapshot_images=25_000),

@@ -1,0 +1,105 @@
+"""Generator, moving average and discriminators of one GAN run (METHOD 2, 3 and 6)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from carim_aug.keys import fold
+from carim_aug.models.discriminator import CropDiscriminator, ScaleDiscriminator
+from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
+from carim_aug.prior import LocationPrior
+from train.films import at_least, draw_masks
+from train.presets import GANPreset
+
+
+class Networks(nn.Module):
+    """Generator, its moving average, and all discriminators of one run."""
+
+    def __init__(self, preset: GANPreset) -> None:
+        """Makes untrained networks."""
+        super().__init__()
+        config = ARCHITECTURES[preset.architecture]
+        self.generator = MultiScaleGenerator(config)
+        self.scales = nn.ModuleList(
+            ScaleDiscriminator(
+                config.image_size >> (config.branches - 1 - i),
+                width=preset.discriminator_width,
+                max_channels=preset.discriminator_channels,
+                condition_dim=preset.condition_dim,
+                batch_norm=preset.discriminator_norm,
+                grow=preset.discriminator_norm,
+            )
+            for i in range(config.branches)
+        )
+        self.crop = CropDiscriminator()
+        self.difference = CropDiscriminator()
+        half_life = preset.ema_images / preset.batch
+
+        def average(averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:
+            decay = min(0.5 ** (1 / half_life), (1 + int(steps)) / (10 + int(steps)))
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+
+        self.average = AveragedModel(self.generator, multi_avg_fn=average)
+
+    def update_average(self) -> None:
+        """Averages the parameters; copies the buffers (spectral norm's vectors, batch norm's statistics)."""
+        self.average.update_parameters(self.generator)
+        for mean, now in zip(self.average.module.buffers(), self.generator.buffers(), strict=True):
+            mean.copy_(now)
+
+    def discriminators(self) -> list[nn.Module]:
+        """Gives all networks that judge."""
+        return [*self.scales, self.crop, self.difference]
+
+
+@contextlib.contextmanager
+def frozen(modules: list[nn.Module]) -> Iterator[None]:
+    """Keeps the modules' parameters without gradient inside the block."""
+    parameters = [p for m in modules for p in m.parameters()]
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.requires_grad_(flag)
+
+
+def retake_statistics(
+    generator: MultiScaleGenerator, prior: LocationPrior, preset: GANPreset, *, seed: int, batches: int = 60
+) -> None:
+    """Takes the batch norm statistics anew, in place: those of the training do not fit averaged weights.
+
+    Args:
+        generator: left in eval mode.
+        prior: of the masks.
+        preset: its batch: half matched pairs' masks, half none, as in training.
+        seed: of the noise and masks.
+        batches: whose statistics are averaged.
+    """
+    norms = [m for m in generator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+    size, device = generator.image_size, next(generator.parameters()).device
+    stream = torch.Generator().manual_seed(fold(seed, 3))
+    vectors = {k: v.clone() for k, v in generator.named_buffers() if k.endswith(("_u", "_v"))}
+    generator.train()
+    with torch.no_grad():
+        for _ in range(batches):
+            noise = torch.randn(preset.batch // 2, generator.noise_dim, generator=stream).to(device)
+            boxes = prior.sample(len(noise), generator=stream, image_size=size).boxes
+            masks = draw_masks([at_least(b, 2, size) for b in boxes], size, stream).to(device)
+            generator.pyramid(torch.cat([noise, noise]), torch.cat([masks, torch.zeros_like(masks)]))
+        for name, value in generator.named_buffers():
+            if name in vectors:
+                value.copy_(vectors[name])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    generator.eval()
