@@ -240,3 +240,9 @@ def test_cuda_images_stay_on_cuda_and_equal_the_cpu():
         plain = ranged.from_symmetric(ramp(2), channels=3, dtype=dtype)
         assert torch.allclose(users.cpu().double(), plain.double(), atol=1e-5 if dtype == torch.float32 else 1)
         assert ranged.to_symmetric(users).is_cuda
+
+
+def test_values_of_another_normalisation_are_not_taken_for_torchxrayvisions():
+    with pytest.raises(RangeError, match="got values from -4.5 to 3.5") as caught:
+        ValueRange.of("auto").check(torch.tensor([[[-4.5, 3.5]]]))
+    assert "xrv" not in str(caught.value) and "mean" in str(caught.value)

@@ -334,6 +334,7 @@ def export(
     data += f" ({len(films.boxed)} boxed)"
     if run.recipe["ct_nodules"]:
         data += "; CT nodules in projection (LUNA16 / LIDC-IDRI) superimposed on normal films"
+    (folder / "README.md").unlink(missing_ok=True)  # a card is never written over, and tells of older weights
     recipe = {**run.recipe, "images_seen": images_seen, "stage": 2 if "stage_2_from" in run.recipe else 1}
     generator.save_pretrained(folder, training_data=data, recipe=recipe, git_commit=git_commit())
     prior.save(folder / "prior.safetensors")
