@@ -154,18 +154,24 @@ def poisson_blend(target: Tensor, source: Tensor, inside: Tensor, *, steps: int 
         inside: (B, 1, S, S) bool, some 30 pixels wide at most.
         steps: of Jacobi's iteration, which begins with the mean difference at the edge.
     """
-    edge = (F.max_pool2d(inside.float(), 3, 1, 1) > 0) & ~inside
-    gap = target - source
+    span = 2 + max(int(inside.any(dim=d).sum(dim=-1).max()) for d in (2, 3))
+    span, side = min(span, target.shape[-1]), target.shape[-1]
+    # A window about each sample's mask: all else stays.
+    first = [inside.any(dim=d)[:, 0].float().argmax(dim=1) for d in (2, 3)]
+    x, y = ((f - 1).clamp(min=0, max=side - span) for f in first)
+    ticks = torch.arange(span)
+    rows, columns = y[:, None, None] + ticks[:, None], x[:, None, None] + ticks
+    at = (torch.arange(len(target))[:, None, None], 0, rows, columns)
+    gap, within = (target - source)[at][:, None], inside[at][:, None]
+
+    edge = (F.max_pool2d(within.float(), 3, 1, 1) > 0) & ~within
     start = (gap * edge).sum(dim=(1, 2, 3), keepdim=True) / edge.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-    harmonic = torch.where(inside, start, gap)
+    harmonic = torch.where(within, start, gap)
     kernel = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])[None, None] / 4
-    rows, columns = inside.any(dim=3).any(dim=0)[0].nonzero()[:, 0], inside.any(dim=2).any(dim=0)[0].nonzero()[:, 0]
-    y1, y2, x1, x2 = int(rows[0]) - 1, int(rows[-1]) + 2, int(columns[0]) - 1, int(columns[-1]) + 2
-    part, known, within = harmonic[..., y1:y2, x1:x2], gap[..., y1:y2, x1:x2], inside[..., y1:y2, x1:x2]
     for _ in range(steps):
-        part = torch.where(within, F.conv2d(part, kernel, padding=1), known)
+        harmonic = torch.where(within, F.conv2d(harmonic, kernel, padding=1), gap)
     blended = target.clone()
-    blended[..., y1:y2, x1:x2] = torch.where(within, source[..., y1:y2, x1:x2] + part, target[..., y1:y2, x1:x2])
+    blended[at] = torch.where(within, source[at][:, None] + harmonic, target[at][:, None])[:, 0]
     return blended.clamp(-1, 1)
 
 
