@@ -291,7 +291,7 @@ def train_gan(
                     images=images_seen,
                     scales=scales,
                     images_per_s=round(rate, 2),
-                    **{k: round(v, 4) for k, v in (losses | carim).items()},
+                    **{k: float(f"{v:.4g}") for k, v in (losses | carim).items()},
                 )
             if images_seen % preset.snapshot_images < preset.batch:
                 snapshot()
