@@ -307,10 +307,9 @@ class LocationPrior:
         """Write the prior to a safetensors file, with a SHA-256 of all that it says."""
         density, support = self.density, self.density.support
         bounds = np.array([*support.size_bounds, support.max_aspect])
-        parts = (density.kernels, density.weights, density.bandwidths, density.broad, self.counts)
-        arrays = dict(
-            zip(TENSORS, (*parts, support.field.astype(np.uint8), bounds, np.array([density.mass])), strict=True)
-        )
+        parts: list[np.ndarray] = [density.kernels, density.weights, density.bandwidths, density.broad, self.counts]
+        parts += [support.field.astype(np.uint8), bounds, np.array([density.mass])]
+        arrays = dict(zip(TENSORS, parts, strict=True))
         about = {"description": self.description, "n_boxes": str(self.n_boxes), "n_patients": str(self.n_patients)}
         write_sealed(path, arrays, {"format": FORMAT, "format_version": FORMAT_VERSION, **about})
 
