@@ -125,6 +125,40 @@ def test_statistics_taken_anew_are_those_of_the_generator_at_hand():
     assert (after["stem.norm.running_var"] / expected).mean() == pytest.approx(6 / 7, abs=0.03)
 
 
+# --- Fine-tuning ---
+def test_given_weights_stay_while_the_discriminators_warm_up_and_train_afterwards(phantom_data, templates, tmp_path):
+    options = {"data": phantom_data, "ct_nodules": templates}
+    first = train_gan(TINY, out=tmp_path / "1", **options)
+    given = NoduleGenerator.from_pretrained(first)
+
+    def tuned(images, **numbers):
+        preset = dataclasses.replace(TINY, images=images, warm_up=24, **numbers)
+        return NoduleGenerator.from_pretrained(train_gan(preset, out=tmp_path / f"{images}", weights=first, **options))
+
+    def same(generator):
+        parameters = zip(generator.parameters(), given.parameters(), strict=True)
+        return [torch.equal(a, b) for a, b in parameters]
+
+    assert all(same(tuned(24)))
+    after = tuned(32)
+    assert not any(same(after))
+    far = max((a - b).abs().max().item() for a, b in zip(after.parameters(), given.parameters(), strict=True))
+    assert far < 1e-4  # one step of 2e-4, of which the average takes a small part
+    assert after.provenance["recipe"]["weights"] == given.weights_hash
+    lines = [json.loads(line) for line in (tmp_path / "32" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["scales"] == 2  # all branches from the start
+
+
+def test_weights_that_do_not_fit_are_refused(phantom_data, tmp_path):
+    options = {"data": phantom_data, "ct_nodules": None, "out": tmp_path / "run"}
+    NoduleGenerator(dataclasses.replace(ARCHITECTURES["tiny"], noise_dim=8)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="weights must be of the preset's architecture"):
+        train_gan(TINY, weights=tmp_path / "other", **options)
+    with pytest.raises(ValueError, match="give one of them"):
+        train_gan(TINY, weights=tmp_path, start=tmp_path, classifier=tmp_path, **options)
+    assert not (tmp_path / "run").exists()
+
+
 # --- Stage 2 ---
 @pytest.fixture(scope="module")
 def classifier_file(tmp_path_factory):

@@ -1,10 +1,10 @@
 """The CARIM-cGAN: `python -m train.gan --preset fast128 --data FOLDER --out runs/fast128` (METHOD 6).
 
 Stage 2 goes on from a run of stage 1: `... --start runs/fast128 --classifier FILE --out runs/stage2`. The same command
-resumes. Everything random is keyed by (seed, images seen). Our extensions to the source, each a number of the preset:
-no batch norm in the discriminators, DiffAugment, progressive branches, matched pairs in every batch (same noise with
-and without mask), discriminators of crops at the mask, CT nodules superimposed on normal films, brightness held to
-that of real films.
+resumes. `--weights FOLDER` fine-tunes an exported generator on other films. Everything random is keyed by (seed,
+images seen). Our extensions to the source, each a number of the preset: no batch norm in the discriminators,
+DiffAugment, progressive branches, matched pairs in every batch (same noise with and without mask), discriminators of
+crops at the mask, CT nodules superimposed on normal films, brightness held to that of real films.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def train_step(
     autocast: contextlib.AbstractContextManager[Any],
     influence: Influence | None = None,
     measure: bool = False,
+    warming: bool = False,
 ) -> dict[str, float]:
     """Does one update of all discriminators and of the generator; gives the losses.
 
@@ -70,6 +71,7 @@ def train_step(
         autocast: precision of the networks.
         influence: the CARIM loss, where this step has it.
         measure: also give the ratio of its gradient's norm to the adversarial one's, at the last scale's images.
+        warming: the discriminators alone learn.
     """
     config = ARCHITECTURES[preset.architecture]
     full, half = scales == config.branches, len(batch.noise)
@@ -87,7 +89,7 @@ def train_step(
     # Generate matched pairs: the same noise with the mask (nodule half) and without (normal half).
     noise = torch.cat([batch.noise, batch.noise])
     masks = torch.cat([batch.masks, torch.zeros_like(batch.masks)])
-    with autocast, parametrize.cached():
+    with torch.set_grad_enabled(not warming), autocast, parametrize.cached():
         fakes = [x.float() for x in networks.generator.pyramid(noise, masks, scales=scales)]
     with_mask, without = fakes[-1].chunk(2)
     difference = with_mask - without
@@ -124,6 +126,8 @@ def train_step(
     optimizers["discriminators"].zero_grad(set_to_none=True)
     sum(losses.values(), torch.zeros((), device=device)).backward()
     optimizers["discriminators"].step()
+    if warming:
+        return {k: float(v.detach()) for k, v in losses.items()}
 
     # Update G: eq. 4 on every scale, then the crops, then nothing outside the mask, then the films' brightness.
     made = augmented(fakes)
@@ -171,6 +175,7 @@ def train_gan(
     limit: int | None = None,
     start: str | Path | None = None,
     classifier: str | Path | None = None,
+    weights: str | Path | None = None,
 ) -> Path:
     """Trains one stage, or goes on with it, and writes the averaged generator; gives its folder.
 
@@ -188,11 +193,20 @@ def train_gan(
         limit: at most so many normal films (for trials).
         start: a run of stage 1 whose newest checkpoint stage 2 starts from.
         classifier: file of the frozen classifier of stage 2; see `ChestClassifier.load`.
+        weights: an exported generator (folder or hub id) that stage 1 starts from, with all branches, in place of an
+            untrained one; the discriminators start untrained and learn alone for `preset.warm_up` images.
     """
+    if weights is not None and start is not None:
+        raise ValueError(f"weights start stage 1 and start stage 2: give one of them, got {weights!r} and {start!r}")
     if (start is None) != (classifier is None):
         raise ValueError(f"start and classifier make stage 2 together, got {start!r} and {classifier!r}")
     where = torch.device(device)
     config = ARCHITECTURES[preset.architecture]
+    trained = NoduleGenerator.from_pretrained(weights) if weights is not None else None
+    if trained is not None and trained.config != config:
+        raise ValueError(f"weights must be of the preset's architecture {config}, got {trained.config} in {weights}")
+    if trained is not None:
+        preset = replace(preset, grow_at=())
     numbers = {k: v for k, v in preset.to_dict().items() if k != "images"}  # a run may be prolonged
     recipe: dict[str, Any] = {
         "preset": numbers,
@@ -203,6 +217,8 @@ def train_gan(
     }
     if note:
         recipe["note"] = note
+    if trained is not None:
+        recipe["weights"] = trained.weights_hash
     influence, begun = None, None
     if start is not None and classifier is not None:
         begun = newest_checkpoint(start, numbers)
@@ -218,6 +234,8 @@ def train_gan(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed))
         networks = Networks(preset)
+    if trained is not None:
+        networks.start_from(trained)
     networks = networks.to(where, memory_format=torch.channels_last)
     judges = [p for d in networks.discriminators() for p in d.parameters()]
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -276,6 +294,7 @@ def train_gan(
                 autocast=autocast,
                 influence=influence if asked else None,
                 measure=time.monotonic() - measured > 20,
+                warming=trained is not None and images_seen < preset.warm_up,
             )
             if "carim_ratio" in losses:
                 measured = time.monotonic()
@@ -354,6 +373,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="kept in the recipe")
     parser.add_argument("--start", help="stage 2: the run of stage 1 to start from")
     parser.add_argument("--classifier", help="stage 2: file of the frozen classifier")
+    parser.add_argument("--weights", help="stage 1 from an exported generator, such as carim_aug/weights (fine-tuning)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -372,6 +392,7 @@ def main() -> None:
         device=args.device,
         start=args.start,
         classifier=args.classifier,
+        weights=args.weights,
     )
     print(f"weights: {folder}")
 

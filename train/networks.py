@@ -51,6 +51,12 @@ class Networks(nn.Module):
         for mean, now in zip(self.average.module.buffers(), self.generator.buffers(), strict=True):
             mean.copy_(now)
 
+    def start_from(self, trained: MultiScaleGenerator) -> None:
+        """Takes over a trained generator, as it is and as its own average; the average then moves at full length."""
+        self.generator.load_state_dict(trained.state_dict())
+        self.average.module.load_state_dict(trained.state_dict())
+        self.average.n_averaged.fill_(1_000_000)
+
     def discriminators(self) -> list[nn.Module]:
         """Gives all networks that judge."""
         return [*self.scales, self.crop, self.difference]

@@ -28,6 +28,7 @@ class GANPreset:
         carim_form: of `carim_aug.losses.CARIM_FORMS`.
         carim_every: the CARIM loss each so many steps, with so many times the weight.
         grow_at: images seen at which branch 2, 3, .. joins (progressive training); all from the start if empty.
+        warm_up: images that train the discriminators alone when the generator starts from given weights.
         ema_images: half-life of the moving average of the weights, in images.
         snapshot_images: a picture and a checkpoint every so many images.
     """
@@ -51,6 +52,7 @@ class GANPreset:
     carim_form: str = "softplus"
     carim_every: int = 4
     grow_at: tuple[int, ...] = ()
+    warm_up: int = 4_000
     ema_images: int = 3_000
     snapshot_images: int = 4_000
 
@@ -83,5 +85,7 @@ PRESETS: dict[str, GANPreset] = {
     ),
     "fast256": GANPreset("fast256", images=2_000_000, batch=32, grow_at=(100_000, 300_000), snapshot_images=25_000),
     "fast128": GANPreset("fast128", images=400_000, grow_at=(16_000, 40_000)),
-    "tiny": GANPreset("tiny", images=256, batch=8, discriminator_width=8, grow_at=(64,), snapshot_images=128),
+    "tiny": GANPreset(
+        "tiny", images=256, batch=8, discriminator_width=8, grow_at=(64,), warm_up=32, snapshot_images=128
+    ),
 }
