@@ -1,7 +1,20 @@
+"""Measures of same-noise pairs, worked on paper."""
+
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from carim_aug.evaluation.pairs import argmax_hit, energy_inside, ring_contrast, roundness
+from carim_aug.evaluation.pairs import (
+    argmax_hit,
+    energy_inside,
+    equivariance,
+    half_width,
+    ring_contrast,
+    roundness,
+)
 
 BOX = torch.tensor([[8.0, 8.0, 16.0, 16.0]])
 
@@ -53,3 +66,56 @@ def test_roundness_tells_disc_from_square():
     assert roundness(disc, BOX).item() == pytest.approx(1)
     assert roundness(square, BOX).item() == pytest.approx(0)
     assert roundness(_blank(), BOX).isnan().all()
+
+
+def _grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    return columns, rows
+
+
+def test_half_width_of_a_full_disc_is_one_and_of_a_gaussian_is_its_own():
+    x, y = _grid(128)
+    box = torch.tensor([[34.0, 34.0, 94.0, 94.0]])
+    square = (x - 64) ** 2 + (y - 64) ** 2
+    disc = (square <= 30**2).float()[None, None]
+    gaussian = torch.exp(-square / (2 * 10**2))[None, None]
+    assert half_width(disc, box).item() == pytest.approx(1, abs=0.01)
+    # A Gaussian is above half its height up to 1.1774 sigma: 2 x 11.774 / 60.
+    assert half_width(gaussian, box).item() == pytest.approx(0.3925, abs=0.01)
+    assert half_width(gaussian - 5, box).isnan().all()
+
+
+def test_half_width_does_not_see_beyond_the_grown_box():
+    difference = _blank()
+    difference[..., 10:14, 10:14] = 1
+    alone = half_width(difference, BOX)
+    difference[..., 25, 25] = 50
+    assert torch.equal(half_width(difference, BOX), alone)
+    assert alone.item() == pytest.approx(2 * (16 / math.pi) ** 0.5 / 8)
+
+
+@given(st.integers(-20, 20), st.integers(-20, 20))
+def test_a_difference_that_moves_with_its_mask_is_equivariant(dx, dy):
+    x, y = _grid(64)
+
+    def blob(cx, cy):
+        return torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 18)[None, None]
+
+    shift = torch.tensor([[dx, dy]])
+    moves = equivariance(blob(32, 32), blob(32 + dx, 32 + dy), shift)
+    assert moves.item() == pytest.approx(1, abs=1e-4)
+    assert equivariance(blob(32, 32), -blob(32 + dx, 32 + dy), shift).item() == pytest.approx(-1, abs=1e-4)
+
+
+def test_a_difference_that_stays_is_not_equivariant():
+    x, y = _grid(64)
+    blob = torch.exp(-((x - 20) ** 2 + (y - 20) ** 2) / 18)[None, None]
+    assert equivariance(blob, blob, torch.tensor([[20, 20]])).item() < 0.05
+    assert equivariance(blob, torch.zeros_like(blob), torch.tensor([[20, 20]])).isnan().all()
+
+
+def test_shifts_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match="less than the image's side 32, got 40"):
+        equivariance(_blank(), _blank(), torch.tensor([[40, 0]]))
+    with pytest.raises(ValueError, match=r"must fit differences \(1, 1, 32, 32\)"):
+        equivariance(_blank(), _blank(16), torch.tensor([[4, 0]]))
