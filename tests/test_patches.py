@@ -1,12 +1,17 @@
 """Patch classifier: patches, AUC with its interval, sources of nodules."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import generator
 
 from carim_aug.evaluation.patches import PATCH, PatchNet, auc, auc_interval, patches_at
-from train.patches import blob_source, poisson_blend, poisson_source, read_patients, train_net
+from carim_aug.prior import LocationPrior
+from train.patches import PLACES, PatchPreset, held_out_patches, hits, learnt, train_net, worth
+from train.sources import blob_source, poisson_blend, poisson_source, read_patients, whole_source
 
 
 def test_patches_of_a_flat_film_are_zero_and_of_a_point_peak_at_it():
@@ -79,6 +84,68 @@ def test_poisson_copies_carry_the_nodule_to_the_new_place(phantom_data):
         changed = (image != film)[0].nonzero()
         assert len(changed) and changed.amin(0).ge(torch.tensor([y1, x1]) - 1).all()
         assert changed.amax(0).le(torch.tensor([y2, x2])).all()
+
+
+def test_official_boxes_are_told_from_the_extra_ones(phantom_data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_data, folder)
+    assert read_patients(folder, ["train"]).official.all()
+    rows = ["Image Index,Finding Label,x,y,w,h", "00000004_000.png,Nodule,400,400,60,60"]
+    rows += ["00000004_000.png,Nodule,100,100,600,60"]  # too long for a nodule
+    (folder / "ChestX-Det_boxes.csv").write_text("\n".join(rows))
+    real = read_patients(folder, ["train"])
+    assert real.official.tolist().count(False) == 1 and len(real.boxes) == 5
+    assert real.boxes[~real.official].tolist() == [[100, 100, 115, 115]]
+
+
+@pytest.mark.parametrize("name", sorted(PLACES))
+def test_places_have_the_priors_sizes_and_lie_in_the_lung_field(name):
+    prior = LocationPrior.bundled()
+    boxes = PLACES[name](prior)(400, torch.Generator().manual_seed(0))
+    again = PLACES[name](prior)(400, torch.Generator().manual_seed(0))
+    assert torch.equal(boxes, again) and boxes.shape == (400, 4) and boxes.min() >= 0 and boxes.max() <= 256
+    usual = PLACES["prior"](prior)(400, torch.Generator().manual_seed(0))
+    assert torch.allclose(boxes[:, 2:] - boxes[:, :2], usual[:, 2:] - usual[:, :2], atol=1e-4)
+    cells = ((boxes[:, :2] + boxes[:, 2:]) / 8).long().clamp(max=63)
+    assert prior.field[cells[:, 1], cells[:, 0]].float().mean() > 0.98  # boxes at the border are moved inside
+
+
+def test_worth_and_hits_of_a_net_that_sees_bright_middles(phantom_data):
+    class Middle(torch.nn.Module):
+        def forward(self, patches):
+            return patches[:, 0, 20:28, 20:28].mean(dim=(1, 2))
+
+    test = read_patients(phantom_data, ["val"])
+    held_out = held_out_patches(test, PLACES["prior"](LocationPrior.bundled()), times=3)
+    assert held_out.real.shape == (2, 1, PATCH, PATCH) and len(held_out.normal) == len(held_out.normal_patients) == 24
+    held_out.normal[:], held_out.real[:] = 0, 1
+    held_out.normal[:12] = torch.arange(12.0)[:, None, None, None] / 10
+    row = worth([Middle(), Middle()], held_out)
+    # 12 zeros and 0 .. 0.9 lie below 1, 1.0 ties, 1.1 is above.
+    assert row["auc"] == pytest.approx(22.5 / 24) and row["seeds"] == pytest.approx([22.5 / 24] * 2)
+    found = hits(
+        [Middle()], torch.tensor([0.5, 0.95, 1.05]).view(3, 1, 1, 1).expand(3, 1, PATCH, PATCH), held_out.normal
+    )
+    assert found.tolist() == [False, True, True]  # nine tenths of 24 places: below 0.9
+
+
+def test_same_seeds_learn_the_same_and_other_seeds_differ(phantom_data):
+    real, places = read_patients(phantom_data, ["train"]), PLACES["field"](LocationPrior.bundled())
+    preset = PatchPreset(steps=2, patches=50, seeds=2)
+    nets, again = (learnt(real, places, blob_source, preset, "blob") for _ in range(2))
+    first = [net.head.weight for net in nets]
+    assert all(torch.equal(a, b.head.weight) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_whole_source_gives_the_same_chest_with_and_without_a_nodule(tmp_path):
+    generator("tiny").save_pretrained(tmp_path)
+    films, boxes = torch.zeros(2, 1, 256, 256), torch.tensor([[100.0, 100, 132, 132]] * 2)
+    shown, _ = whole_source(tmp_path)(films, boxes, torch.Generator().manual_seed(0))
+    without, _ = whole_source(tmp_path, nodule=False)(films, boxes, torch.Generator().manual_seed(0))
+    other, _ = whole_source(tmp_path, nodule=False)(films, boxes, torch.Generator().manual_seed(1))
+    assert shown.shape == films.shape and not torch.equal(shown, without)
+    assert (shown - without).abs().mean() < (without - other).abs().mean()
 
 
 def test_splits_without_boxes_are_refused(phantom_data):

@@ -2,183 +2,71 @@
 
 A patch classifier learns nodules of one source on real normal films of the train split, and is tested on real boxes
 against places in normal films, of other patients. Sources: the real boxes of the train split, generated nodules (the
-graft of `SyntheticNoduleMix`), CT nodules superimposed, real ones copied with Poisson blending, a drawn blob.
+graft of `SyntheticNoduleMix`), CT nodules superimposed, real ones copied with Poisson blending, a drawn blob. And the
+other way round: the one that learnt the real boxes says how many nodules of each source it finds (METHOD 8).
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
-from carim_aug.compiled import compile_generator
-from carim_aug.data.chestxray14 import ChestXray14
-from carim_aug.data.ct_nodules import CTNodules
-from carim_aug.evaluation.patches import PATCH, PatchNet, auc, auc_interval, patches_at
-from carim_aug.hub import NoduleGenerator
-from carim_aug.insertion import resize
+from carim_aug.evaluation.patches import PatchNet, auc, auc_interval, patches_at
 from carim_aug.keys import fold
-from carim_aug.masks import boxes_to_masks, feather
 from carim_aug.prior import LocationPrior
+from train.sources import SIZE, Patients, Source, named_sources, read_patients, scaled
 
-SIZE = 256
-LARGEST_BOX = 0.16  # of the film's side: a nodule is at most 3 cm
+SPECIFICITY = 0.9  # on normal places, at which hits are counted
 
-Source = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-"""(films (B, 1, S, S), boxes (B, 4), random stream) to films with a nodule and the nodules' boxes."""
+Places = Callable[[int, torch.Generator], Tensor]
+"""(n, random stream) to boxes (n, 4), XYXY in pixels: where nodules go and where normal films are looked at."""
 
 
-@dataclass
-class Patients:
-    """Real films of some splits, and whose they are.
+@dataclass(frozen=True)
+class PatchPreset:
+    """Numbers of a patch classifier's training.
 
     Attributes:
-        normal: (N, 1, S, S) uint8.
-        normal_patients: (N,) int64.
-        nodule: (K, 1, S, S) uint8, one row a box.
-        boxes: (K, 4) XYXY in pixels.
-        nodule_patients: (K,) int64.
+        steps: of 64 patches.
+        patches: of each class, made once and drawn from.
+        seeds: networks whose scores are averaged.
     """
 
-    normal: Tensor
-    normal_patients: Tensor
-    nodule: Tensor
-    boxes: Tensor
-    nodule_patients: Tensor
+    steps: int = 600
+    patches: int = 4000
+    seeds: int = 3
 
 
-def read_patients(root: str | Path, splits: list[str], *, limit: int | None = None) -> Patients:
-    """Reads normal films and boxed nodules of splits."""
-    extra = Path(root) / "ChestX-Det_boxes.csv"
-    normal, normal_patients, nodule, boxes, nodule_patients = [], [], [], [], []
-    for split in splits:
-        data = ChestXray14(root, split=split, extra_boxes=extra if extra.exists() else None)
-        for i in tqdm(range(len(data)), desc=f"films of {split}", unit="image"):
-            found = data.boxes_relative(i, "Nodule")
-            found = found[(found[:, 2:] - found[:, :2]).amax(dim=1) <= LARGEST_BOX] if len(found) else found
-            is_normal = not bool(data.labels[i].any()) and (limit is None or len(normal) < limit)
-            if not len(found) and not is_normal:
-                continue
-            image = VF.resize(torch.as_tensor(data[i][0]), [SIZE, SIZE], antialias=True)
-            patient = int(data.patients[i])
-            if is_normal:
-                normal.append(image)
-                normal_patients.append(patient)
-            for box in found:
-                nodule.append(image)
-                boxes.append(box * SIZE)
-                nodule_patients.append(patient)
-    if not normal or not nodule:
-        raise ValueError(f"{root}: {splits} need normal films and nodule boxes, got {len(normal)} and {len(nodule)}")
-    return Patients(
-        torch.stack(normal),
-        torch.tensor(normal_patients),
-        torch.stack(nodule),
-        torch.stack(boxes),
-        torch.tensor(nodule_patients),
-    )
+# --- Places and patches ---
+def prior_places(prior: LocationPrior) -> Places:
+    """Gives places of the prior: the first box of each draw."""
+    return lambda n, stream: torch.stack([b[0] for b in prior.sample(n, generator=stream, image_size=SIZE).boxes])
 
 
-def scaled(films: Tensor) -> Tensor:
-    """Gives uint8 films as float32 in [-1, 1]."""
-    return films.float() / 127.5 - 1
+def field_places(prior: LocationPrior) -> Places:
+    """Gives places all over the prior's lung field, with the prior's sizes: its position means nothing."""
+    cells = prior.field.nonzero()
+
+    def draw(n: int, stream: torch.Generator) -> Tensor:
+        boxes = prior_places(prior)(n, stream)
+        chosen = cells[torch.randint(len(cells), (n,), generator=stream)].flip(1)  # x, y
+        centres = (chosen + torch.rand(n, 2, generator=stream)) * (SIZE / len(prior.field))
+        half = (boxes[:, 2:] - boxes[:, :2]) / 2
+        centres = torch.minimum(torch.maximum(centres, half), SIZE - half)
+        return torch.cat([centres - half, centres + half], dim=1)
+
+    return draw
 
 
-# --- Sources ---
-def blob_source(films: Tensor, boxes: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Gives films with a drawn Gaussian blob in each box."""
-    ticks = torch.arange(films.shape[-1]) + 0.5
-    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    x, y = ((ticks - centre[:, i, None]) / half[:, i, None] for i in (0, 1))
-    shape = torch.exp(-1.5 * (x[:, None, :] ** 2 + y[:, :, None] ** 2))[:, None]
-    peak = 0.05 + 0.15 * torch.rand(len(films), 1, 1, 1, generator=stream)
-    return (films + peak * shape).clamp(-1, 1), boxes
-
-
-def ct_source(path: str | Path) -> Source:
-    """Gives the source that superimposes CT nodules."""
-    nodules = CTNodules(path)
-    return lambda films, boxes, stream: (nodules.superimpose(films, boxes, generator=stream)[0], boxes)
-
-
-def graft_source(weights: str | Path | None) -> Source:
-    """Gives the source that grafts same-noise differences of a generator, as `SyntheticNoduleMix` does."""
-    generator = NoduleGenerator.from_pretrained(weights)
-    fast, size = compile_generator(generator), generator.image_size
-
-    def source(films: Tensor, boxes: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(len(films), generator.noise_dim, generator=stream)
-        masks = boxes_to_masks(list(boxes[:, None] * (size / SIZE)), size)
-        with torch.inference_mode():
-            difference = fast(noise, masks) - fast(noise, torch.zeros_like(masks))
-        added = feather(list(boxes[:, None]), SIZE) * resize(difference, (SIZE, SIZE))
-        return (films + added).clamp(-1, 1), boxes
-
-    return source
-
-
-def poisson_source(real: Patients) -> Source:
-    """Gives the source that copies real boxed nodules to other films, blending their gradients (Perez et al. 2003)."""
-
-    def source(films: Tensor, boxes: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(real.boxes), (len(films),), generator=stream)
-        centres, box = (boxes[:, :2] + boxes[:, 2:]) / 2, real.boxes[chosen]
-        half = ((box[:, 2:] - box[:, :2]) / 2 * 1.25).clamp(max=PATCH / 2)
-        centres = torch.minimum(torch.maximum(centres, half + 2), SIZE - half - 2)
-        # The real film, moved by whole pixels so that its nodule lies at the place asked for.
-        moved = []
-        shifts = (centres - (box[:, :2] + box[:, 2:]) / 2).round().long()
-        for film, (dx, dy) in zip(scaled(real.nodule[chosen]), shifts.tolist(), strict=True):
-            moved.append(film.roll((dy, dx), dims=(1, 2)))
-        ticks = torch.arange(SIZE) + 0.5
-        x, y = ((ticks - centres[:, i, None]) / half[:, i, None] for i in (0, 1))
-        inside = (x[:, None, :] ** 2 + y[:, :, None] ** 2 < 1)[:, None]
-        return poisson_blend(films, torch.stack(moved), inside), torch.cat([centres - half, centres + half], dim=1)
-
-    return source
-
-
-def poisson_blend(target: Tensor, source: Tensor, inside: Tensor, *, steps: int = 200) -> Tensor:
-    """Gives `source` inside the mask plus the harmonic map that joins it to `target` at the mask's edge.
-
-    Args:
-        target: (B, 1, S, S).
-        source: (B, 1, S, S).
-        inside: (B, 1, S, S) bool, some 30 pixels wide at most.
-        steps: of Jacobi's iteration, which begins with the mean difference at the edge.
-    """
-    span = 2 + max(int(inside.any(dim=d).sum(dim=-1).max()) for d in (2, 3))
-    span, side = min(span, target.shape[-1]), target.shape[-1]
-    # A window about each sample's mask: all else stays.
-    first = [inside.any(dim=d)[:, 0].float().argmax(dim=1) for d in (2, 3)]
-    x, y = ((f - 1).clamp(min=0, max=side - span) for f in first)
-    ticks = torch.arange(span)
-    rows, columns = y[:, None, None] + ticks[:, None], x[:, None, None] + ticks
-    at = (torch.arange(len(target))[:, None, None], 0, rows, columns)
-    gap, within = (target - source)[at][:, None], inside[at][:, None]
-
-    edge = (F.max_pool2d(within.float(), 3, 1, 1) > 0) & ~within
-    start = (gap * edge).sum(dim=(1, 2, 3), keepdim=True) / edge.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-    harmonic = torch.where(within, start, gap)
-    kernel = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])[None, None] / 4
-    for _ in range(steps):
-        harmonic = torch.where(within, F.conv2d(harmonic, kernel, padding=1), gap)
-    blended = target.clone()
-    blended[at] = torch.where(within, source[at][:, None] + harmonic, target[at][:, None])[:, 0]
-    return blended.clamp(-1, 1)
-
-
-# --- Patches ---
-def places(prior: LocationPrior, n: int, stream: torch.Generator) -> Tensor:
-    """Gives boxes (n, 4) of the prior, the first of each draw, in pixels."""
-    return torch.stack([b[0] for b in prior.sample(n, generator=stream, image_size=SIZE).boxes])
+PLACES: dict[str, Callable[[LocationPrior], Places]] = {"prior": prior_places, "field": field_places}
 
 
 def jitter(n: int, stream: torch.Generator) -> Tensor:
@@ -191,8 +79,15 @@ def middle(boxes: Tensor) -> Tensor:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
+def placed_patches(films: Patients, places: Places, source: Source, n: int, stream: torch.Generator) -> Tensor:
+    """Gives n patches about nodules of the source in normal films."""
+    ground = scaled(films.normal[torch.randint(len(films.normal), (n,), generator=stream)])
+    shown, boxes = source(ground, places(n, stream), stream)
+    return patches_at(shown, middle(boxes) + jitter(n, stream))
+
+
 def training_patches(
-    films: Patients, prior: LocationPrior, source: Source | None, n: int, *, seed: int, name: str
+    films: Patients, places: Places, source: Source | None, n: int, *, seed: int, name: str
 ) -> tuple[Tensor, Tensor]:
     """Gives n patches with a nodule of the source (None: the real boxes) and n of places in normal films."""
     stream = torch.Generator().manual_seed(fold(seed, 7))
@@ -201,13 +96,12 @@ def training_patches(
         k = min(50, n - start)
         if source is None:
             chosen = torch.randint(len(films.boxes), (k,), generator=stream)
-            shown, boxes = scaled(films.nodule[chosen]), films.boxes[chosen]
+            centres = middle(films.boxes[chosen]) + jitter(k, stream)
+            positive.append(patches_at(scaled(films.nodule[chosen]), centres))
         else:
-            ground = scaled(films.normal[torch.randint(len(films.normal), (k,), generator=stream)])
-            shown, boxes = source(ground, places(prior, k, stream), stream)
-        positive.append(patches_at(shown, middle(boxes) + jitter(k, stream)))
+            positive.append(placed_patches(films, places, source, k, stream))
         normal = scaled(films.normal[torch.randint(len(films.normal), (k,), generator=stream)])
-        negative.append(patches_at(normal, middle(places(prior, k, stream)) + jitter(k, stream)))
+        negative.append(patches_at(normal, middle(places(k, stream)) + jitter(k, stream)))
     return torch.cat(positive), torch.cat(negative)
 
 
@@ -237,6 +131,64 @@ def train_net(positive: Tensor, negative: Tensor, *, steps: int, seed: int, batc
     return net.eval()
 
 
+@dataclass
+class HeldOut:
+    """Patches of patients that no network saw: real boxes, and places in normal films.
+
+    Attributes:
+        real: (K, 1, PATCH, PATCH), one a box.
+        real_patients: (K,) int64.
+        normal: (N, 1, PATCH, PATCH).
+        normal_patients: (N,) int64.
+    """
+
+    real: Tensor
+    real_patients: Tensor
+    normal: Tensor
+    normal_patients: Tensor
+
+
+def held_out_patches(test: Patients, places: Places, *, times: int = 4) -> HeldOut:
+    """Gives the patches of held-out films, with so many places in each normal one."""
+    stream = torch.Generator().manual_seed(fold(0, 10))
+    films, normal = scaled(test.normal), []
+    for _ in range(times):
+        normal.append(patches_at(films, middle(places(len(films), stream))))
+    real = patches_at(scaled(test.nodule), middle(test.boxes))
+    return HeldOut(real, test.nodule_patients, torch.cat(normal), test.normal_patients.repeat(times))
+
+
+def learnt(train: Patients, places: Places, source: Source | None, preset: PatchPreset, name: str) -> list[PatchNet]:
+    """Gives one network a seed, trained on a source's nodules (None: the real boxes)."""
+    nets = []
+    for seed in range(preset.seeds):
+        patches = training_patches(train, places, source, preset.patches, seed=seed, name=name)
+        nets.append(train_net(*patches, steps=preset.steps, seed=seed))
+    return nets
+
+
+@torch.inference_mode()
+def scores_of(nets: list[PatchNet], patches: Tensor) -> Tensor:
+    """Gives each network's logits, (networks, N)."""
+    return torch.stack([torch.cat([net(part) for part in patches.split(256)]) for net in nets])
+
+
+def worth(nets: list[PatchNet], test: HeldOut) -> dict[str, Any]:
+    """Gives the AUC on real boxes of the mean score, its interval over patients, and each network's own AUC."""
+    real, normal = scores_of(nets, test.real), scores_of(nets, test.normal)
+    stream = torch.Generator().manual_seed(fold(0, 13))
+    whose = (test.real_patients, test.normal_patients)
+    low, high = auc_interval(real.mean(0), normal.mean(0), *whose, generator=stream)
+    seeds = [float(auc(a, b)) for a, b in zip(real, normal, strict=True)]
+    return {"auc": float(auc(real.mean(0), normal.mean(0))), "low": low, "high": high, "seeds": seeds}
+
+
+def hits(nets: list[PatchNet], patches: Tensor, normal: Tensor, *, specificity: float = SPECIFICITY) -> Tensor:
+    """Gives which patches score above the threshold that so many of the normal ones stay below, (N,) bool."""
+    threshold = scores_of(nets, normal).mean(0).quantile(specificity)
+    return scores_of(nets, patches).mean(0) > threshold
+
+
 def main() -> None:
     """Prints the table and keeps it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,52 +196,31 @@ def main() -> None:
     parser.add_argument("--ct-nodules", help="templates.npz of CT nodules in projection")
     parser.add_argument("--weights", nargs="*", default=[], help="folders of generators; '' is the bundled one")
     parser.add_argument("--sources", nargs="*", default=["real", "blob", "poisson", "ct"])
+    parser.add_argument("--places", choices=sorted(PLACES), default="prior", help="of nodules and of normal patches")
     parser.add_argument("--test", nargs="+", default=["val"], help="splits of the real boxes; 'test' for final figures")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--patches", type=int, default=4000, help="of each class, made once and drawn from")
-    parser.add_argument("--seeds", type=int, default=3, help="networks whose scores are averaged")
+    parser.add_argument("--steps", type=int, default=PatchPreset.steps)
+    parser.add_argument("--patches", type=int, default=PatchPreset.patches, help="of each class, drawn from")
+    parser.add_argument("--seeds", type=int, default=PatchPreset.seeds, help="networks whose scores are averaged")
     parser.add_argument("--out", help="JSON file of the figures")
     args = parser.parse_args()
-    prior = LocationPrior.bundled()
+    places = PLACES[args.places](LocationPrior.bundled())
     train, test = read_patients(args.data, ["train"]), read_patients(args.data, args.test)
-
-    # Real nodules, and as many places as the prior draws in each normal film.
-    stream = torch.Generator().manual_seed(fold(0, 10))
-    real = patches_at(scaled(test.nodule), middle(test.boxes))
-    times = 4
-    normal = torch.cat(
-        [patches_at(scaled(test.normal), middle(places(prior, len(test.normal), stream))) for _ in range(times)]
-    )
-    normal_patients = test.normal_patients.repeat(times)
-
-    sources: dict[str, Source | None] = {}
-    for name in args.sources:
-        if name == "real":
-            sources["real boxes"] = None
-        elif name == "blob":
-            sources["drawn blob"] = blob_source
-        elif name == "poisson":
-            sources["real boxes, Poisson copies"] = poisson_source(train)
-        elif name == "ct" and args.ct_nodules:
-            sources["CT nodules superimposed"] = ct_source(args.ct_nodules)
-    for weights in args.weights:
-        sources[f"generated, {weights or 'bundled'}"] = graft_source(weights or None)
+    preset = PatchPreset(args.steps, args.patches, args.seeds)
+    held_out = held_out_patches(test, places)
+    weights = {folder or "bundled": folder or None for folder in args.weights}
+    sources = named_sources(args.sources, train=train, ct_nodules=args.ct_nodules, weights=weights)
 
     rows = []
-    print(f"{len(real)} real boxes of {args.test}, {len(normal)} places in normal films")
+    print(f"{len(held_out.real)} real boxes of {args.test}, {len(held_out.normal)} places in normal films")
     for name, source in sources.items():
-        started, scores, grounds = time.monotonic(), 0.0, 0.0
-        for seed in range(args.seeds):
-            positive, negative = training_patches(train, prior, source, args.patches, seed=seed, name=name)
-            net = train_net(positive, negative, steps=args.steps, seed=seed)
-            with torch.inference_mode():
-                scores, grounds = scores + net(real), grounds + net(normal)
-        value = float(auc(scores, grounds))
-        low, high = auc_interval(scores, grounds, test.nodule_patients, normal_patients, generator=stream)
-        rows.append({"source": name, "auc": value, "low": low, "high": high})
-        print(f"{name:40} AUC {value:.3f} [{low:.3f}, {high:.3f}]  {time.monotonic() - started:.0f} s", flush=True)
+        started = time.monotonic()
+        row = {"source": name, **worth(learnt(train, places, source, preset, name), held_out)}
+        rows.append(row)
+        interval = f"AUC {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        each = " ".join(f"{value:.3f}" for value in row["seeds"])
+        print(f"{name:40} {interval}  seeds {each}  {time.monotonic() - started:.0f} s", flush=True)
     if args.out:
-        settings = {k: v for k, v in vars(args).items() if k not in ("data", "ct_nodules", "out")}
+        settings = {**asdict(preset), "places": args.places, "test": args.test, "prior": "bundled"}
         Path(args.out).write_text(json.dumps({"settings": settings, "rows": rows}, indent=2))
 
 
