@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from carim_aug.masks import check_masks
 from carim_aug.models.blocks import Joint, soften
 from carim_aug.models.generator import GeneratorConfig, MultiScaleGenerator, check_inputs
 
@@ -134,8 +135,13 @@ class CompiledGenerator(nn.Module):
 
         Returns:
             (B, 1, S, S) float32, [-1, 1], without a graph.
+
+        Raises:
+            ValueError: wrong shapes; on the CPU also a mask that is not binary.
         """
         check_inputs(noise, masks, self.config)
+        if masks.device.type == "cpu":  # elsewhere, looking at values would wait for the device
+            check_masks(masks)
         if len(noise) == 0:
             return masks.float()
         with torch.no_grad(), torch.autocast(noise.device.type, enabled=False):

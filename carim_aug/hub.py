@@ -1,12 +1,12 @@
 """Generators with weights: saved and loaded as sealed safetensors, from a folder or the Hugging Face hub.
 
-Nothing is ever unpickled. What a file says of itself (architecture, value range, training data, recipe, git commit) is
-checked on loading, and so is a SHA-256 of its tensors and texts: safetensors does not notice a flipped bit (EVIDENCE).
+A location prior may lie beside the weights and is saved with them, for `SyntheticNoduleMix.from_pretrained` to find.
 """
 
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,23 +14,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator
-from carim_aug.sealed import digest, read_sealed, write_sealed
-
-BUNDLED = Path(__file__).parent / "weights"
-FILE, CONFIG = "model.safetensors", "config.json"
-FORMAT, FORMAT_VERSION = "carim_aug.generator", 1
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-ADVICE = "download or export it again"
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be used; the message says what is wrong and what to do."""
+from carim_aug.checkpoint import (
+    ADVICE,
+    CONFIG,
+    FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    PRIOR,
+    WeightsError,
+    architecture,
+    check_config,
+    check_finite,
+    check_names,
+    fetch,
+    fetch_beside,
+    read_weights,
+)
+from carim_aug.masks import check_masks
+from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator, check_inputs
+from carim_aug.prior import LocationPrior
+from carim_aug.sealed import digest, write_sealed
 
 
 class NoduleGenerator(
@@ -67,6 +74,28 @@ class NoduleGenerator(
         self._hub_mixin_config = config
         self.provenance: dict[str, Any] = {}
         self._hashed: tuple[Any, str] = (None, "")
+        self._prior: bytes | None = None  # the prior's file, kept from loading or saving
+
+    def forward(self, noise: Tensor, masks: Tensor) -> Tensor:
+        """Gives images of the last scale.
+
+        Args:
+            noise: (B, noise_dim) float, z ~ N(0, I).
+            masks: (B, 1, S, S) in {0, 1}, S = image_size; all zeros gives a normal image.
+
+        Returns:
+            (B, 1, S, S) float, [-1, 1].
+
+        Raises:
+            ValueError: wrong shapes, a mask that is not binary, or noise that is not finite floating point.
+        """
+        check_inputs(noise, masks, self.config)
+        check_masks(masks)
+        if not noise.is_floating_point():
+            raise ValueError(f"noise must be floating point, got {noise.dtype}")
+        if not noise.isfinite().all():
+            raise ValueError(f"noise must be finite, got {noise[~noise.isfinite()][0].item()}")
+        return super().forward(noise, masks)
 
     @property
     def weights_hash(self) -> str:
@@ -86,15 +115,18 @@ class NoduleGenerator(
         training_data: str | None = None,
         recipe: Mapping[str, Any] | None = None,
         git_commit: str | None = None,
+        prior: LocationPrior | None = None,
         **options: Any,
     ) -> str | None:
-        """Writes model.safetensors, config.json and, if there is none yet, README.md.
+        """Writes model.safetensors, config.json, prior.safetensors if there is a prior, and README.md if there is none.
 
         Args:
             save_directory: made if missing.
             training_data: what the weights were trained on; kept from before if None.
             recipe: plain JSON types; kept from before if None.
             git_commit: of the training code; kept from before if None.
+            prior: of the masks, for `SyntheticNoduleMix.from_pretrained`; kept from before if None: the one given last,
+                or the one that lay beside the weights when they were loaded.
             options: what `ModelHubMixin.save_pretrained` takes; `model_card_kwargs` are entries of the card's head,
                 such as {"datasets": ["name"]}.
 
@@ -103,12 +135,40 @@ class NoduleGenerator(
 
         Raises:
             WeightsError: a tensor is not finite, or not float32.
-            TypeError: recipe is not of plain JSON types.
+            TypeError: recipe is not of plain JSON types, or prior is no LocationPrior.
         """
+        self._keep(prior)
         given = {"training_data": training_data, "recipe": recipe, "git_commit": git_commit}
         told = {k: v for k, v in given.items() if v is not None}
         self.provenance = {**self.provenance, **json.loads(json.dumps(told))}
         return super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, *, prior: LocationPrior | None = None, **options: Any) -> str:  # type: ignore[override]
+        """Uploads what `save_pretrained` writes, in one commit.
+
+        Args:
+            repo_id: such as "user/name"; made if missing.
+            prior: as in `save_pretrained`.
+            options: what `ModelHubMixin.push_to_hub` takes: commit_message, private, token, branch, create_pr, ...
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            WeightsError: a tensor is not finite, or not float32.
+            TypeError: prior is no LocationPrior.
+        """
+        self._keep(prior)
+        return super().push_to_hub(repo_id, **options)
+
+    def _keep(self, prior: LocationPrior | None) -> None:
+        if prior is None:
+            return
+        if not isinstance(prior, LocationPrior):
+            raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
+        with tempfile.TemporaryDirectory() as folder:
+            prior.save(Path(folder) / PRIOR)
+            self._prior = (Path(folder) / PRIOR).read_bytes()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         kinds = {tensor.dtype for tensor in self.state_dict().values() if tensor.is_floating_point()}
@@ -117,7 +177,7 @@ class NoduleGenerator(
                 f"weights must be float32 to be saved, got {sorted(map(str, kinds))}: call .float() first"
             )
         arrays = _arrays(self)
-        _check_finite(arrays, "these weights", "train again from the last good checkpoint")
+        check_finite(arrays, "these weights", "train again from the last good checkpoint")
         self.provenance = {**self.provenance, "carim_aug": _version()}
         texts = {
             "format": FORMAT,
@@ -135,6 +195,8 @@ class NoduleGenerator(
         finally:
             part.unlink(missing_ok=True)
         (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        if self._prior is not None:
+            (save_directory / PRIOR).write_bytes(self._prior)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -168,17 +230,19 @@ class NoduleGenerator(
             "force_download": force_download,
         }
         path = fetch(pretrained_model_name_or_path, FILE, **where)
-        arrays, texts = _read(path)
-        config = _architecture(path, texts)
+        arrays, texts = read_weights(path)
+        config = architecture(path, texts)
         described = path.with_name(CONFIG)
         if described.exists():
-            _check_config(described, config)
+            check_config(described, config)
         generator = _empty(cls, config)
-        _check_names(path, arrays, generator.state_dict())
-        _check_finite(arrays, str(path), ADVICE)
+        check_names(path, arrays, generator.state_dict())
+        check_finite(arrays, str(path), ADVICE)
         state = {name: torch.from_numpy(array) for name, array in arrays.items()}
         generator.load_state_dict(state, strict=True, assign=True)
         generator.provenance = json.loads(texts["provenance"])
+        beside = fetch_beside(pretrained_model_name_or_path, PRIOR, **where)
+        generator._prior = None if beside is None else beside.read_bytes()
         return generator.eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
@@ -192,87 +256,23 @@ class NoduleGenerator(
             "SHA-256 of the tensors": self.weights_hash,
         }
         lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+        prior = "" if self._prior is not None else ", prior=..."
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# A generator of chest X-rays with lung nodules\n\n{lines}\n\n"
-            "Load with `carim_aug.NoduleGenerator.from_pretrained`. Research use; not a medical device.\n"
+            f"Load with `carim_aug.SyntheticNoduleMix.from_pretrained(NAME{prior})`, or the generator alone with "
+            "`carim_aug.NoduleGenerator.from_pretrained(NAME)`. Research use; not a medical device.\n"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as architecture and tensors: a module under spectral norm cannot be pickled whole."""
         modes = [module.training for module in self.modules()]
         frozen = [not parameter.requires_grad for parameter in self.parameters()]
-        return _rebuild, (type(self), self.config, dict(self.state_dict()), self.provenance, modes, frozen)
+        return _rebuild, (type(self), self.config, dict(self.state_dict()), self.provenance, self._prior, modes, frozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoduleGenerator":
         """Copies as architecture and tensors, so that the copy shares no class with the original (EVIDENCE)."""
         rebuild, (kind, *parts) = self.__reduce__()
         return rebuild(kind, *copy.deepcopy(parts, memo))
-
-
-def fetch(
-    name_or_path: str | Path | None,
-    filename: str,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    force_download: bool = False,
-) -> Path:
-    """Gives the path of one file of some weights, from a folder, the hub (or its cache), or the package.
-
-    Args:
-        name_or_path: a folder, or a hub id; None: the bundled weights.
-        filename: of the file in it.
-        revision: see `NoduleGenerator.from_pretrained`, as the rest.
-        local_files_only: as there.
-        cache_dir: as there.
-        token: as there.
-        force_download: as there.
-
-    Raises:
-        WeightsError: there is no such folder, file or repository, or the hub cannot be reached.
-    """
-    folder = BUNDLED if name_or_path is None else Path(name_or_path)
-    if folder.is_file():
-        raise WeightsError(f"{folder} is a file: give the folder that holds {filename}")
-    if folder.is_dir():
-        path = folder / filename
-        if path.is_file():
-            return path
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-        if pickles:
-            raise WeightsError(
-                f"{folder} holds {pickles[0]}, a pickle, which is never loaded here: "
-                f"save with NoduleGenerator.save_pretrained to get {filename}"
-            )
-        raise WeightsError(f"{folder} has no {filename}: give a folder that NoduleGenerator.save_pretrained wrote")
-    name = str(name_or_path)
-    if folder.is_absolute() or name.count("/") > 1 or name.startswith("."):
-        raise WeightsError(f"there is no folder {name}: give an existing folder or a hub id such as 'user/name'")
-    try:
-        return Path(
-            hf_hub_download(
-                name,
-                filename,
-                revision=revision,
-                local_files_only=local_files_only,
-                cache_dir=cache_dir,
-                token=token,
-                force_download=force_download,
-            )
-        )
-    except HFValidationError as error:
-        raise WeightsError(f"{name!r} is neither a folder nor a hub id such as 'user/name': {error}") from error
-    except LocalEntryNotFoundError as error:
-        raise WeightsError(
-            f"{name}: {filename} is not in the local cache and the hub was not asked or not reached: "
-            "go online once, or give a folder"
-        ) from error
-    except Exception as error:  # the client's HTTP library differs between versions, and so do its exceptions
-        raise WeightsError(
-            f"{name}: {filename} cannot be had from the hub at revision {revision!r}: {error}"
-        ) from error
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -297,12 +297,13 @@ def _rebuild(
     config: GeneratorConfig,
     state: dict[str, Tensor],
     provenance: dict[str, Any],
+    prior: bytes | None,
     modes: list[bool],
     frozen: list[bool],
 ) -> NoduleGenerator:
     generator = _empty(kind, config)
     generator.load_state_dict(state, strict=True, assign=True)
-    generator.provenance = provenance
+    generator.provenance, generator._prior = provenance, prior
     for module, mode in zip(generator.modules(), modes, strict=True):
         module.training = mode
     for parameter, still in zip(generator.parameters(), frozen, strict=True):
@@ -319,75 +320,3 @@ def _version() -> str:
         return version("carim-aug")
     except PackageNotFoundError:  # a checkout that is not installed
         return "unknown"
-
-
-def _read(path: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
-    # A safetensors file starts with the length of its header, whose bytes may look like a pickle's first ones: a pickle
-    # is what starts like one, and cannot have a header of that length.
-    with path.open("rb") as file:
-        start = file.read(8)
-    like_pickle = start[:4] == b"PK\x03\x04" or (
-        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    )
-    if like_pickle and int.from_bytes(start, "little") > path.stat().st_size:
-        raise WeightsError(
-            f"{path} is a pickle under a wrong name, which is never loaded here: {ADVICE} as safetensors"
-        )
-    try:
-        arrays, texts, sealed = read_sealed(path)
-    except ValueError as error:
-        raise WeightsError(f"{path} is truncated or damaged ({error}): {ADVICE}") from error
-    if texts.get("format") != FORMAT:
-        raise WeightsError(
-            f"{path} must be of format {FORMAT!r}, got {texts.get('format')!r}: it holds something else, or is damaged"
-        )
-    number = texts.get("format_version", "")
-    if not number.isdecimal() or int(number) > FORMAT_VERSION:
-        raise WeightsError(f"{path} is of format version {number!r}, newer than {FORMAT_VERSION}: upgrade carim-aug")
-    if not sealed or texts.get("tensors_sha256") != digest(arrays, {}):
-        raise WeightsError(f"{path} does not match its own SHA-256, so something in it has changed: {ADVICE}")
-    return arrays, texts
-
-
-def _architecture(path: Path, texts: Mapping[str, str]) -> GeneratorConfig:
-    try:
-        config = GeneratorConfig(**json.loads(texts["architecture"]))
-        value_range = tuple(json.loads(texts["value_range"]))
-        known = isinstance(json.loads(texts["provenance"]), dict)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} does not say what it holds and where it is from ({error}): {ADVICE}") from error
-    if not known:
-        raise WeightsError(f"{path} must have a JSON object as its provenance, got {texts['provenance']}: {ADVICE}")
-    if value_range != MultiScaleGenerator.value_range:
-        raise WeightsError(f"{path} must have the value range {MultiScaleGenerator.value_range}, got {value_range}")
-    return config
-
-
-def _check_config(path: Path, config: GeneratorConfig) -> None:
-    try:
-        described = json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is no JSON ({error}): {ADVICE}") from error
-    if described != config.to_dict():
-        raise WeightsError(f"{path} describes another architecture than the weights beside it: {ADVICE}")
-
-
-def _check_names(path: Path, arrays: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
-    missing, more = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
-    if missing:
-        raise WeightsError(f"{path} lacks {len(missing)} tensors, the first {missing[0]!r}: {ADVICE}")
-    if more:
-        raise WeightsError(f"{path} has {len(more)} unexpected tensors, the first {more[0]!r}: {ADVICE}")
-    for name, tensor in wanted.items():
-        got, kind = arrays[name], str(tensor.dtype).removeprefix("torch.")
-        if got.shape != tuple(tensor.shape) or got.dtype != kind:
-            raise WeightsError(
-                f"{path}: {name!r} must be {kind} of shape {tuple(tensor.shape)}, "
-                f"got {got.dtype} of {got.shape}: {ADVICE}"
-            )
-
-
-def _check_finite(arrays: Mapping[str, np.ndarray[Any, Any]], where: str, advice: str) -> None:
-    for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise WeightsError(f"{where}: {name!r} must be finite, got NaN or infinity: {advice}")

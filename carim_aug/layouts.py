@@ -84,7 +84,7 @@ class Layout:
         if not _is_label(found_label):
             raise LayoutError(
                 f"the label must be a number or a tensor or array of rank 0 to 2, got {_what(found_label)} "
-                f"at {label!r} of {_what(sample)}: {_advice(is_dict)}"
+                f"at {label!r} of {_what(sample)}: make it a tensor, or {_advice(is_dict)}"
             )
         return layout
 
@@ -157,7 +157,10 @@ def check_images(images: Any, batch: bool, name: str = "images") -> None:
     shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     wanted = "(B, C, H, W)" if batch else "(C, H, W)"
     if len(shape) != 3 + batch:
-        raise ImageError(f"{name} must be {wanted}, got {shape}")
+        one = (
+            ": for one image, images[None] and labels[None], or mix.wrap(dataset)" if batch and len(shape) == 3 else ""
+        )
+        raise ImageError(f"{name} must be {wanted}, got {shape}{one}")
     if batch and shape[0] == 0:
         raise ImageError(f"{name} must hold at least one image, got {shape}")
     if shape[-3] not in (1, 3):

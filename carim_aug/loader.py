@@ -101,6 +101,11 @@ class MixLoader:
         return self._planned
 
     @property
+    def batch_size(self) -> int | None:
+        """Samples of a full batch; None where a batch_sampler of the user's does not tell."""
+        return getattr(self._batches.batches, "batch_size", None)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the running iteration, or of the last one."""
         return self._epoch
@@ -175,6 +180,7 @@ class MixLoader:
             for batch, slots in batches:
                 yield self._mixed(batch, slots)
             return
+        self._renderer.check_device(device)
         side = torch.cuda.Stream(device)
         waiting: tuple[Any, MixParams, torch.cuda.Event] | None = None
         for batch, slots in batches:

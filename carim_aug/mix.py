@@ -10,7 +10,8 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from carim_aug.hub import NoduleGenerator, fetch
+from carim_aug.checkpoint import PRIOR, fetch
+from carim_aug.hub import NoduleGenerator
 from carim_aug.insertion import insert, relabel
 from carim_aug.keys import LIMIT
 from carim_aug.labels import LabelPolicy
@@ -21,7 +22,7 @@ from carim_aug.plan import INSERTIONS, MixParams, Planner, added_counts, check_c
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
-from carim_aug.wrapped import MixedDataset, PlannedDataset
+from carim_aug.wrapped import MixedDataset, PlannedDataset, check_order
 
 
 class SyntheticNoduleMix(v2.Transform):
@@ -87,13 +88,10 @@ class SyntheticNoduleMix(v2.Transform):
             raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
         if insertion not in INSERTIONS:
             raise ValueError(f"insertion must be one of {INSERTIONS}, got {insertion!r}")
-        given = [
-            name
-            for name, v in (("n_synthetic", n_synthetic), ("sampling_strategy", sampling_strategy))
-            if v is not None
-        ]
-        if len(given) + (p is not None) > 1:
-            raise ValueError(f"give one of p, n_synthetic and sampling_strategy, got {['p'] * (p is not None) + given}")
+        how = {"p": p, "n_synthetic": n_synthetic, "sampling_strategy": sampling_strategy}
+        given = [name for name, value in how.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of p, n_synthetic and sampling_strategy, got {given}")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < LIMIT:
             raise ValueError(f"seed must be an integer in [0, 2**64 - 1], got {seed!r}")
         if eligible is not None and not callable(eligible):
@@ -146,19 +144,35 @@ class SyntheticNoduleMix(v2.Transform):
             options: what `SyntheticNoduleMix` takes.
 
         Raises:
-            WeightsError: weights that are missing, damaged or not ours.
-            PriorError: a prior that is.
+            WeightsError: weights that are missing, damaged or not ours, or no prior beside them and none given.
+            PriorError: a damaged prior.
         """
-        where: dict[str, Any] = {
-            "revision": revision,
-            "local_files_only": local_files_only,
-            "cache_dir": cache_dir,
-            "token": token,
-        }
+        where: Any = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
         generator = NoduleGenerator.from_pretrained(name_or_path, **where)
         if prior is None:
-            prior = LocationPrior.load(fetch(name_or_path, "prior.safetensors", **where))
+            prior = LocationPrior.load(fetch(name_or_path, PRIOR, **where))
         return cls(generator, prior, **options)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes the generator and the prior where `from_pretrained` finds both; p, seed and the rest are the caller's.
+
+        Args:
+            save_directory: made if missing.
+            options: what `NoduleGenerator.save_pretrained` takes.
+
+        Returns:
+            The commit's address if it was pushed to the hub.
+        """
+        return self.generator.save_pretrained(save_directory, prior=self.prior, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the generator and the prior, for `from_pretrained(repo_id)`; gives the commit's address.
+
+        Args:
+            repo_id: such as "user/name"; made if missing.
+            options: what `NoduleGenerator.push_to_hub` takes: commit_message, private, token, branch, ...
+        """
+        return self.generator.push_to_hub(repo_id, prior=self.prior, **options)
 
     @property
     def generator(self) -> NoduleGenerator:
@@ -302,6 +316,7 @@ class SyntheticNoduleMix(v2.Transform):
         size = (int(images.shape[-2]), int(images.shape[-1]))
         pixels = torch.as_tensor(images).as_subclass(Tensor)
         self.value_range.check(pixels)
+        check_order(self._policy, layout, labels)
         policy = self._policy.resolve(labels, batch=True)
         policy.check(labels)
         if len(labels) != len(pixels):

@@ -59,6 +59,7 @@ class Renderer:
 
         Raises:
             WorkerDeviceError: a CUDA device inside a DataLoader worker.
+            ValueError: a device that this machine does not have.
         """
         if device.type != "cpu" and get_worker_info() is not None:
             raise WorkerDeviceError(
@@ -67,9 +68,19 @@ class Renderer:
                 "SyntheticNoduleMix(device='cpu')"
             )
         if device not in self._ready:
+            self.check_device(device)
             built = compile_generator(self.generator, dtype=self.dtype, compile=self.compile)
             self._ready[device] = built.to(device)
         return self._ready[device]
+
+    @staticmethod
+    def check_device(device: torch.device) -> None:
+        """Nothing, if tensors can be made on the device; ValueError otherwise."""
+        try:
+            torch.empty(1, device=device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"device must be one that this machine has, got '{device}': {reason}") from error
 
     @torch.no_grad()
     def whole(self, slots: Sequence[Slot], device: torch.device) -> Tensor:

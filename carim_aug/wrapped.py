@@ -77,7 +77,9 @@ class PlannedDataset(Dataset):
         self.layout = Layout.of(first, layout)
         image, label = self.layout.get(first)
         check_images(image, batch=False)
-        self.policy = named(policy, dataset, label).resolve(label, batch=False)
+        told = named(policy, dataset, label)
+        check_order(told, self.layout, label)
+        self.policy = told.resolve(label, batch=False)
         self.policy.check(label, batch=False)
         chances = {} if p is None else check_chances(p, self.policy)
         self.planner = Planner(prior, seed=seed, nodule=self.policy.nodule, chances=chances)
@@ -87,7 +89,7 @@ class PlannedDataset(Dataset):
         found = labels_without_images(dataset)
         if found is not None:
             self._classes = self._trusted(found, label)
-            if self._classes is None and self.policy.kind == "integer" and named(policy, dataset, label) is not policy:
+            if self._classes is None and self.policy.kind == "integer" and told is not policy:
                 raise LabelError(
                     f"labels must be the data set's own targets for its class names {self.policy.classes} to hold, got "
                     "others from its samples: pass labels=LabelPolicy(classes=(...)) in the order of the labels"
@@ -334,6 +336,28 @@ def named(policy: LabelPolicy, dataset: Any, label: Any) -> LabelPolicy:
             "pass labels=LabelPolicy(classes=(...))"
         )
     return policies[0]
+
+
+def check_order(policy: LabelPolicy, layout: Layout, label: Any) -> None:
+    """Nothing, if the order of a label's columns is known or has one usual form.
+
+    torchxrayvision's own data sets sort their columns by name, so 14 of them under its key "lab" are hardly in the
+    official order of ChestX-ray14.
+
+    Args:
+        policy: of the labels, not yet resolved.
+        layout: of the samples.
+        label: one label or a batch.
+
+    Raises:
+        LabelError: 14 columns under "lab", and no class names given.
+    """
+    shape = getattr(label, "shape", ())
+    if policy.classes is None and layout.is_dict and layout.label == "lab" and shape and shape[-1] == 14:
+        raise LabelError(
+            "labels must have named columns where they are torchxrayvision's 14 under 'lab', which it sorts, "
+            f"got shape {tuple(shape)} and no names: pass labels=LabelPolicy('multilabel', classes=dataset.pathologies)"
+        )
 
 
 def labels_without_images(dataset: Any) -> Any:

@@ -267,3 +267,11 @@ def test_cuda_gives_the_images_of_the_cpu(name):
     expected = compile_generator(generator)(noise, masks)
     fast = compile_generator(generator).cuda()
     torch.testing.assert_close(fast(noise.cuda(), masks.cuda()).cpu(), expected, rtol=0, atol=5e-3)  # TF32
+
+
+@pytest.mark.parametrize("value", [0.5, torch.nan, 255.0])
+def test_a_mask_that_is_not_binary_is_refused(value):
+    noise, masks = inputs(LEAN)
+    masks[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"masks must be (0 or 1 everywhere|finite), got"):
+        compile_generator(trained(LEAN))(noise, masks)

@@ -39,6 +39,7 @@ FLOORS = {
     "evaluation/__init__": 2.2,
     "labels": 2.5,
     "layouts": 2.5,
+    "checkpoint": 2.5,
     "hub": 3,
     "plan": 3,
     "render": 4,

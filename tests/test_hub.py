@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from torch.nn.utils import parametrize
 
-from carim_aug import hub
-from carim_aug.hub import FILE, FORMAT, NoduleGenerator, WeightsError, fetch
+from carim_aug import LocationPrior, SyntheticNoduleMix, checkpoint, hub
+from carim_aug.checkpoint import FILE, FORMAT, PRIOR, fetch
+from carim_aug.hub import NoduleGenerator, WeightsError
 from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator
 from carim_aug.sealed import digest, read_sealed, write_sealed
 
@@ -432,7 +435,7 @@ def test_a_file_in_place_of_a_folder_is_named(saved):
 
 
 def test_without_a_name_the_bundled_weights_are_meant(saved, monkeypatch):
-    monkeypatch.setattr(hub, "BUNDLED", saved)
+    monkeypatch.setattr(checkpoint, "BUNDLED", saved)
     assert same(NoduleGenerator.from_pretrained(), made())
     assert fetch(None, FILE) == saved / FILE
 
@@ -442,7 +445,7 @@ def test_a_local_folder_needs_no_network(saved, monkeypatch):
         raise AssertionError("a local folder asked the network")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(checkpoint, "hf_hub_download", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert same(NoduleGenerator.from_pretrained(saved), made())
@@ -453,14 +456,17 @@ def test_a_hub_id_is_fetched_with_all_that_was_asked(saved, monkeypatch, tmp_pat
 
     def stand_in(repo_id, filename, **options):
         calls.append((repo_id, filename, options))
+        if not (saved / filename).is_file():
+            raise Missing(f"404: {filename}")
         return str(saved / filename)
 
-    monkeypatch.setattr(hub, "hf_hub_download", stand_in)
+    monkeypatch.setattr(checkpoint, "hf_hub_download", stand_in)
     options = {"revision": "v2", "local_files_only": True, "cache_dir": tmp_path, "token": "secret"}
     assert same(NoduleGenerator.from_pretrained("user/nodules", **options), made())
     assert calls[0] == ("user/nodules", FILE, {**options, "force_download": False})
-    fetch("user/nodules", "prior.safetensors", force_download=True)
-    assert calls[-1][:2] == ("user/nodules", "prior.safetensors") and calls[-1][2]["force_download"]
+    assert calls[1] == ("user/nodules", PRIOR, calls[0][2]) and len(calls) == 2
+    fetch("user/nodules", "config.json", force_download=True)
+    assert calls[-1][:2] == ("user/nodules", "config.json") and calls[-1][2]["force_download"]
 
 
 def test_the_hubs_cache_is_read_without_a_network(saved, tmp_path):
@@ -496,7 +502,7 @@ def test_any_failure_of_the_hub_is_a_weights_error(failure, monkeypatch):
     def stand_in(*args, **options):
         raise failure
 
-    monkeypatch.setattr(hub, "hf_hub_download", stand_in)
+    monkeypatch.setattr(checkpoint, "hf_hub_download", stand_in)
     with pytest.raises(WeightsError, match=rf"cannot be had from the hub at revision 'v2': {failure}") as caught:
         NoduleGenerator.from_pretrained("user/nodules", revision="v2")
     assert caught.value.__cause__ is failure
@@ -596,3 +602,162 @@ def test_importing_takes_nothing_heavy_along():
     )
     assert done.returncode == 0, done.stderr
     assert not {"scipy", "sklearn", "matplotlib", "lightning", "transformers", "pandas"} & set(done.stdout.split())
+
+
+# A prior beside the weights
+
+
+class Hub:
+    """Stands in for the hub: what is pushed to it can be had from it, and what is missing is a 404."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: self)
+        monkeypatch.setattr(checkpoint, "hf_hub_download", self.download)
+
+    def create_repo(self, repo_id, **options):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}/commit"
+
+    def download(self, repo_id, filename, **options):
+        if not (self.root / repo_id / filename).is_file():
+            raise Missing(f"404: {repo_id}/{filename}")
+        return str(self.root / repo_id / filename)
+
+
+class Missing(EntryNotFoundError):
+    """A 404 without the HTTP answer that the client's own wants, of one library or another."""
+
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, message)
+
+
+@pytest.fixture
+def stand_in(tmp_path_factory, monkeypatch) -> Hub:
+    return Hub(tmp_path_factory.mktemp("hub"), monkeypatch)
+
+
+def content(prior: LocationPrior | Path, folder: Path) -> str:
+    """A digest of what a prior's file holds; its bytes differ from save to save, for its texts have no order."""
+    path = prior
+    if isinstance(prior, LocationPrior):
+        path = folder / "alone.safetensors"
+        prior.save(path)
+    arrays, texts, sealed = read_sealed(path)
+    assert sealed
+    return digest(arrays, texts)
+
+
+def test_a_pushed_mix_is_a_mix_again_for_whoever_loads_it(stand_in):
+    mix = SyntheticNoduleMix(made(), LocationPrior.bundled(), p=1.0, seed=5)
+    assert mix.push_to_hub("user/nodules", commit_message="first") == "https://hub/user/nodules/commit"
+    again = SyntheticNoduleMix.from_pretrained("user/nodules", p=1.0, seed=5)
+    batch = torch.zeros(3, 1, 32, 32), torch.zeros(3, dtype=torch.long)
+    assert all(torch.equal(a, b) for a, b in zip(again(*batch), mix(*batch), strict=True))
+    assert again.last_params == mix.last_params
+    assert {file.name for file in (stand_in.root / "user/nodules").iterdir()} == {
+        FILE,
+        PRIOR,
+        "config.json",
+        "README.md",
+    }
+
+
+def test_a_saved_mix_is_a_mix_again(tmp_path):
+    mix = SyntheticNoduleMix(made(), LocationPrior.bundled(), p=1.0)
+    assert mix.save_pretrained(tmp_path / "new", training_data="drawn") is None
+    again = SyntheticNoduleMix.from_pretrained(tmp_path / "new")
+    assert again.weights_hash == mix.weights_hash and again.generator.provenance["training_data"] == "drawn"
+    assert content(again.prior, tmp_path) == content(mix.prior, tmp_path)
+
+
+def test_a_generator_is_pushed_with_the_prior_it_is_given(stand_in, tmp_path):
+    generator = made()
+    generator.push_to_hub("user/nodules", prior=LocationPrior.bundled())
+    pushed = stand_in.root / "user/nodules" / PRIOR
+    assert content(pushed, tmp_path) == content(LocationPrior.bundled(), tmp_path)
+    assert SyntheticNoduleMix.from_pretrained("user/nodules").weights_hash == generator.weights_hash
+    assert "prior=..." not in (stand_in.root / "user/nodules/README.md").read_text()
+
+
+@pytest.mark.parametrize("way", ["folder", "hub", "copy", "pickle"])
+def test_a_prior_beside_loaded_weights_goes_where_they_go(way, stand_in, tmp_path):
+    first = tmp_path / "first"
+    made().save_pretrained(first, prior=LocationPrior.bundled())
+    generator = NoduleGenerator.from_pretrained(first)
+    if way == "hub":
+        generator.push_to_hub("user/first")
+        generator = NoduleGenerator.from_pretrained("user/first")
+    elif way == "copy":
+        generator = copy.deepcopy(generator)
+    elif way == "pickle":
+        generator = pickle.loads(pickle.dumps(generator))
+    generator.save_pretrained(tmp_path / "second")
+    generator.push_to_hub("user/second")
+    expected = (first / PRIOR).read_bytes()
+    assert (tmp_path / "second" / PRIOR).read_bytes() == expected
+    assert (stand_in.root / "user/second" / PRIOR).read_bytes() == expected
+
+
+def test_weights_without_a_prior_load_alone_and_a_mix_says_what_it_lacks(stand_in, saved):
+    made().push_to_hub("user/bare")
+    assert "prior=..." in (stand_in.root / "user/bare/README.md").read_text()
+    for name in ("user/bare", saved):
+        assert same(NoduleGenerator.from_pretrained(name), made())
+        with pytest.raises(WeightsError, match=r"has no prior.safetensors.*: pass prior=LocationPrior.bundled\(\)"):
+            SyntheticNoduleMix.from_pretrained(name)
+        mix = SyntheticNoduleMix.from_pretrained(name, prior=LocationPrior.bundled())
+        assert mix.prior.n_boxes == LocationPrior.bundled().n_boxes
+
+
+def test_a_save_without_a_prior_leaves_the_one_that_is_there(tmp_path):
+    made().save_pretrained(tmp_path, prior=LocationPrior.bundled())
+    before = (tmp_path / PRIOR).read_bytes()
+    made(seed=1).save_pretrained(tmp_path)
+    assert (tmp_path / PRIOR).read_bytes() == before
+
+
+def test_a_prior_that_is_none_is_named_before_anything_is_written(tmp_path, stand_in):
+    for door in (
+        lambda p: made().save_pretrained(tmp_path / "a", prior=p),
+        lambda p: made().push_to_hub("a/b", prior=p),
+    ):
+        with pytest.raises(TypeError, match="prior must be a LocationPrior, got str"):
+            door("prior.safetensors")
+    assert not (tmp_path / "a").exists() and not (stand_in.root / "a").exists()
+
+
+def test_a_hub_that_fails_at_the_prior_is_no_hub_without_one(stand_in, monkeypatch):
+    made().push_to_hub("user/nodules", prior=LocationPrior.bundled())
+
+    def fails(repo_id, filename, **options):
+        if filename == PRIOR:
+            raise RuntimeError("connection reset")
+        return stand_in.download(repo_id, filename)
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", fails)
+    with pytest.raises(WeightsError, match="prior.safetensors cannot be had from the hub.*connection reset"):
+        NoduleGenerator.from_pretrained("user/nodules")
+
+
+# What the generator refuses
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 2.0, torch.nan, torch.inf])
+def test_a_mask_that_is_not_binary_is_refused(value):
+    noise, masks = inputs()
+    masks[1, 0, 3, 2] = value
+    with pytest.raises(ValueError, match=r"masks must be (0 or 1 everywhere|finite), got .* at \(1, 0, 3, 2\)"):
+        made()(noise, masks)
+
+
+def test_noise_that_is_not_finite_or_no_float_is_refused():
+    noise, masks = inputs()
+    with pytest.raises(ValueError, match="noise must be floating point, got torch.int64"):
+        made()(noise.long(), masks)
+    noise[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="noise must be finite, got nan"):
+        made()(noise, masks)

@@ -230,3 +230,15 @@ def test_layout_of_a_batch_fits_what_the_default_collate_makes():
     images, labels = layout.get(batch)
     check_images(images, batch=True)
     assert labels.shape == (4, 18)
+
+
+def test_one_image_where_a_batch_belongs_is_told_the_way():
+    with pytest.raises(
+        ImageError, match=r"images must be \(B, C, H, W\), got \(1, 32, 32\): for one image, images\[None\]"
+    ):
+        check_images(torch.zeros(1, 32, 32), batch=True)
+
+
+def test_a_label_of_words_is_told_the_way():
+    with pytest.raises(LayoutError, match="got str at 1 of .*: make it a tensor, or pass layout="):
+        Layout.of((torch.zeros(1, 32, 32), "nodule"))

@@ -232,3 +232,17 @@ def test_a_bad_label_in_a_worker_is_named_with_its_rule():
 def test_it_is_the_class_that_the_package_names():
     assert isinstance(make_mix().loader(Films(4)), MixLoader)
     assert np.isclose(len(make_mix().loader(Films(4))), 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there_is_named():
+    loader = make_mix(p=1.0, device="cuda").loader(Films(4), batch_size=2)
+    with pytest.raises(ValueError, match="device must be one that this machine has, got 'cuda'"):
+        next(iter(loader))
+
+
+def test_its_batch_size_is_told():
+    mix, films = make_mix(), Films(8)
+    assert mix.loader(films, batch_size=3).batch_size == 3
+    assert mix.loader(films, batch_sampler=BatchSampler(SequentialSampler(films), 5, False)).batch_size == 5
+    assert mix.loader(films, batch_sampler=[[0, 1], [2]]).batch_size is None

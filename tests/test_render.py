@@ -100,6 +100,14 @@ def test_a_bad_device_is_named(device):
         Renderer(generator(), device=device)
 
 
+@pytest.mark.parametrize("device", ["meta", "cuda:99"])
+def test_a_device_that_this_machine_lacks_is_named_at_its_first_use(device):
+    renderer = Renderer(generator(), device=device)
+    with pytest.raises(ValueError, match=f"device must be one that this machine has, got '{device}': "):
+        renderer.whole(slots(1), CPU)
+    assert not renderer._ready
+
+
 class Renders(Dataset):
     """Renders in a worker, on the given device."""
 

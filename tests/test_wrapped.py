@@ -6,12 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Films, Records, generator, make_mix
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
 from torchvision import tv_tensors
 
 from carim_aug import LabelError, LabelPolicy
 from carim_aug.data.folders import FolderPerClass
 from carim_aug.data.phantom import PhantomChest
+from carim_aug.labels import CHESTXRAY14
 from carim_aug.wrapped import labels_without_images, same_label
 
 
@@ -357,3 +358,27 @@ def test_nodule_targets_of_chestxray14_are_not_taken_for_columns(real_data):
     mix = make_mix(p=1.0, eligible=lambda label: True)
     assert set(mix.wrap(data).class_counts()) == {"No Finding", "Nodule"}
     assert mix.wrap(data)[0][1] == 1
+
+
+class Sorted(Records):
+    """torchxrayvision's own ChestX-ray14: 14 columns, sorted by name, the nodule's the eleventh."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        row = np.zeros(14, dtype=np.float32)
+        row[10] = sample["lab"][11]
+        return {**sample, "lab": row}
+
+
+def test_fourteen_columns_of_torchxrayvision_are_not_taken_for_the_official_order():
+    options = {"p": 1.0, "value_range": "xrv", "insertion": "graft"}
+    batch = default_collate([Sorted(8)[i] for i in range(8)])
+    for door in (make_mix(**options).wrap, lambda data: make_mix(**options)(batch)):
+        with pytest.raises(LabelError, match=r"labels must have named columns .*classes=dataset.pathologies"):
+            door(Sorted(8))
+    names = sorted(CHESTXRAY14)
+    named = make_mix(**options, labels=LabelPolicy("multilabel", classes=names))
+    assert named(batch)["lab"][:, 10].tolist() == [1] * 8
+    told = Sorted(8)
+    told.pathologies = names
+    assert make_mix(**options).wrap(told)[0]["lab"].tolist() == [0] * 10 + [1] + [0] * 3
