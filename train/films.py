@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as VF
-from tqdm import tqdm
 
 from carim_aug.data.chestxray14 import ChestXray14
 from carim_aug.data.ct_nodules import CTNodules
@@ -15,6 +13,8 @@ from carim_aug.masks import boxes_to_masks
 from carim_aug.models.generator import ARCHITECTURES
 from carim_aug.prior import LocationPrior
 from train.presets import GANPreset
+from train.reading import Reading
+from train.run import RunError
 
 DIFFERENCE_GAIN = 4.0  # a nodule adds about a quarter of the image's half range: brings difference crops to order 1
 
@@ -38,7 +38,15 @@ class Films:
         return Films(self.normal.to(device), self.nodule.to(device), [(i, b.to(device)) for i, b in self.boxed])
 
 
-def read_films(root: str | Path, size: int, *, largest_box: float = 0.16, limit: int | None = None) -> Films:
+def read_films(
+    root: str | Path,
+    size: int,
+    *,
+    largest_box: float = 0.16,
+    limit: int | None = None,
+    any_size: bool = False,
+    unreadable: list[str] | None = None,
+) -> Films:
     """Reads the train split's normal and nodule films.
 
     Args:
@@ -46,27 +54,32 @@ def read_films(root: str | Path, size: int, *, largest_box: float = 0.16, limit:
         size: side in pixels to which films are reduced (antialiased).
         largest_box: boxes longer than this part of the side are left out (a nodule is at most 3 cm).
         limit: at most so many normal films (for trials).
+        any_size: take films of several sizes, each squeezed to the square; else they are an error.
+        unreadable: gains what is wrong with each film that cannot be read and is left out.
+
+    Raises:
+        RunError: no film of a class, films of several sizes, or too many that cannot be read.
     """
     extra = Path(root) / "ChestX-Det_boxes.csv"
     data = ChestXray14(
         root, split="train", target="nodule", only_normal_or_nodule=True, extra_boxes=extra if extra.exists() else None
     )
     normal, nodule, boxed = [], [], []
-    for i in tqdm(range(len(data)), desc="films", unit="image"):
-        if limit is not None and not data.targets[i] and len(normal) >= limit:
-            continue
-        image, target = data[i]
-        image = VF.resize(torch.as_tensor(image), [size, size], antialias=True)
+    reading = Reading(data, size, any_size=any_size)
+    for i, image, target in reading:
         if not target:
-            normal.append(image)
+            if limit is None or len(normal) < limit:
+                normal.append(image)
             continue
         boxes = data.boxes_relative(i, "Nodule")
         boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).amax(dim=1) <= largest_box] if len(boxes) else boxes
         if len(boxes):
             boxed.append((len(nodule), boxes * size))
         nodule.append(image)
+    if unreadable is not None:
+        unreadable += reading.unreadable
     if not normal or not nodule:
-        raise ValueError(
+        raise RunError(
             f"{root}: the train split needs films of both classes, got {len(normal)} normal, {len(nodule)} nodule"
         )
     return Films(torch.stack(normal), torch.stack(nodule), boxed)

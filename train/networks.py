@@ -57,6 +57,14 @@ class Networks(nn.Module):
         self.average.module.load_state_dict(trained.state_dict())
         self.average.n_averaged.fill_(1_000_000)
 
+    def compile_blocks(self) -> None:
+        """Compiles the generator's and the discriminators' blocks, in place; names and tensors stay the same."""
+        for blocks in (self.generator.ups, self.generator.residuals):
+            for block in blocks:
+                block.compile()
+        for d in self.scales:
+            d.trunk.compile()
+
     def discriminators(self) -> list[nn.Module]:
         """Gives all networks that judge."""
         return [*self.scales, self.crop, self.difference]
