@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 
 from carim_aug.insertion import insert, relabel
 from carim_aug.keys import fold
-from carim_aug.layouts import Layout, LayoutError, check_images
+from carim_aug.layouts import ImageError, Layout, LayoutError, check_images
 from carim_aug.plan import MixParams, Slot, check_epoch, check_state
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
@@ -85,7 +85,7 @@ class MixLoader:
         self.loader = DataLoader(
             planned,
             batch_sampler=self._batches,
-            collate_fn=_Collate(collate_fn or default_collate),
+            collate_fn=_Collate(collate_fn or default_collate, planned.layout),
             generator=self._seeds,
             **options,
         )
@@ -252,9 +252,18 @@ class _FromStep(Sampler[list[int]]):
 class _Collate:
     """The user's collate_fn on the samples, the slots beside them; a class, so that spawn can pickle it."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Any], layout: Layout) -> None:
+        self.collate, self.layout = collate, layout
 
     def __call__(self, items: list[tuple[Any, Slot]]) -> tuple[Any, tuple[Slot, ...]]:
         samples, slots = zip(*items, strict=True)
-        return self.collate(list(samples)), slots
+        try:
+            return self.collate(list(samples)), slots
+        except (RuntimeError, ValueError) as error:
+            shapes = sorted({tuple(self.layout.get(sample)[0].shape) for sample in samples})
+            if len(shapes) == 1:
+                raise
+            raise ImageError(
+                f"images must be of one shape within a batch, got {shapes[0]} and {shapes[-1]}: add v2.Resize to the "
+                "data set's transform, or use mix.wrap(dataset)"
+            ) from error

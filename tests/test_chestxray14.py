@@ -298,3 +298,9 @@ def test_real_boxes_of_chestx_det_are_955_nodules(real_data):
     boxes = read_boxes(real_data / "ChestX-Det_boxes.csv")
     assert sum(row[0] == "Nodule" for rows in boxes.values() for row in rows) == 955
     assert sum(map(len, read_boxes(real_data / "BBox_List_2017.csv").values())) == 984
+
+
+def test_a_view_that_no_image_has_is_named(phantom_data):
+    with pytest.raises(ValueError, match="views must be among AP, PA, got 'LATERAL'"):
+        ChestXray14(phantom_data, views=("PA", "LATERAL"))
+    assert len(ChestXray14(phantom_data, views=("AP",))) == 0

@@ -7,7 +7,7 @@ from tiny import Films, Records, make_mix
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler, default_collate
 from torchvision import tv_tensors
 
-from carim_aug import LabelError, MixLoader, RangeError
+from carim_aug import ImageError, LabelError, MixLoader, RangeError
 
 
 class TVFilms(Films):
@@ -246,3 +246,26 @@ def test_its_batch_size_is_told():
     assert mix.loader(films, batch_size=3).batch_size == 3
     assert mix.loader(films, batch_sampler=BatchSampler(SequentialSampler(films), 5, False)).batch_size == 5
     assert mix.loader(films, batch_sampler=[[0, 1], [2]]).batch_size is None
+
+
+class Growing(Films):
+    """Each image a row higher than the one before."""
+
+    def __getitem__(self, i):
+        _, label = super().__getitem__(i)
+        return torch.zeros(1, 32 + i, 32), label
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_several_sizes_in_a_batch_are_named(workers):
+    loader = make_mix().loader(Growing(4), batch_size=4, num_workers=workers)
+    with pytest.raises(ImageError, match=r"one shape within a batch, got \(1, 32, 32\) and \(1, 35, 32\)"):
+        next(iter(loader))
+
+
+def test_an_error_of_the_users_collate_fn_stays_as_it_is():
+    def collate(items):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="^mine$"):
+        next(iter(make_mix().loader(Films(4), batch_size=4, collate_fn=collate)))

@@ -125,6 +125,9 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         self.classes = ("No Finding", "Nodule") if target == "nodule" else FINDINGS
 
         rows = _read_entries(self.root)
+        known = {"PA", "AP"} | {row[3] for row in rows}
+        if views is not None and not known.issuperset(views):
+            raise ValueError(f"views must be among {', '.join(sorted(known))}, got {sorted(set(views) - known)[0]!r}")
         splits = _read_splits(self.root, rows) if split is not None else {}
         files = _find_images(self.root)
         kept = []
@@ -228,9 +231,12 @@ def read_boxes(path: str | Path) -> dict[str, list[NamedBox]]:
     try:
         rows, columns = list(read_rows(path, plain)), plain
     except DataError as error:
-        if "'x'" not in str(error):
+        if "no column 'x'" not in str(error):
             raise
-        rows, columns = list(read_rows(path, official)), official
+        try:
+            rows, columns = list(read_rows(path, official)), official
+        except DataError as other:
+            raise (error if "no column 'Bbox [x'" in str(other) else other) from None
     boxes: dict[str, list[NamedBox]] = {}
     for line, row in rows:
         x, y, w, h = (number(path, line, column, row[column]) for column in columns[2:])
