@@ -40,6 +40,7 @@ class Patients:
         nodule_patients: (K,) int64.
         official: (K,) bool, whether the box is ChestX-ray14's own (some 1.6 times as wide as its nodule) or of the
             extra table (ChestX-Det's are tight).
+        films: (K,) int64, the same number for boxes of one film.
     """
 
     normal: Tensor
@@ -48,12 +49,13 @@ class Patients:
     boxes: Tensor
     nodule_patients: Tensor
     official: Tensor
+    films: Tensor
 
 
 def read_patients(root: str | Path, splits: list[str], *, limit: int | None = None) -> Patients:
     """Reads normal films and boxed nodules of splits."""
     extra = Path(root) / "ChestX-Det_boxes.csv"
-    normal, normal_patients, nodule, boxes, nodule_patients, official = [], [], [], [], [], []
+    normal, normal_patients, nodule, boxes, nodule_patients, official, films = [], [], [], [], [], [], []
     for split in splits:
         data = ChestXray14(root, split=split, extra_boxes=extra if extra.exists() else None)
         own = ChestXray14(root, split=split)
@@ -74,6 +76,7 @@ def read_patients(root: str | Path, splits: list[str], *, limit: int | None = No
             boxes.append(found * SIZE)
             nodule_patients += [patient] * len(found)
             official.append(is_own)
+            films += [len(official)] * len(found)
     if not normal or not nodule:
         raise ValueError(f"{root}: {splits} need normal films and nodule boxes, got {len(normal)} and {len(nodule)}")
     return Patients(
@@ -83,6 +86,7 @@ def read_patients(root: str | Path, splits: list[str], *, limit: int | None = No
         torch.cat(boxes),
         torch.tensor(nodule_patients),
         torch.cat(official),
+        torch.tensor(films),
     )
 
 
