@@ -5,18 +5,20 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from carim_aug.data.chestxray14 import FINDINGS
 from carim_aug.hub import NoduleGenerator
-from carim_aug.models.classifier import ChestClassifier
+from carim_aug.models.classifier import ChestClassifier, ClassifierError
 from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
 from carim_aug.prior import LocationPrior
 from train.films import at_least, crop_at, draw_batch, read_films
-from train.gan import train_gan
+from train.gan import drawn, main, train_gan
 from train.influence import Influence
 from train.networks import Networks, retake_statistics
-from train.presets import PRESETS
-from train.run import Run
+from train.presets import PRESETS, changed
+from train.run import Run, RunError
+from train.start import named_preset
 from train.steps import train_step
 
 TINY = dataclasses.replace(PRESETS["tiny"], images=48, batch=8, grow_at=(16,), snapshot_images=16)
@@ -28,15 +30,6 @@ def test_films_are_split_by_class_and_know_their_boxes(phantom_data):
     assert len(films.boxed) == 4
     place, boxes = films.boxed[0]
     assert place == 0 and boxes.tolist() == [[10, 12, 14, 16]]
-
-
-def test_a_train_split_without_nodules_is_refused(phantom_data, tmp_path):
-    for name in ("images", "BBox_List_2017.csv", "split.csv"):
-        (tmp_path / name).symlink_to(phantom_data / name)
-    text = (phantom_data / "Data_Entry_2017_v2020.csv").read_text().replace(",Nodule,", ",No Finding,")
-    (tmp_path / "Data_Entry_2017_v2020.csv").write_text(text)
-    with pytest.raises(ValueError, match="needs films of both classes, got 24 normal, 0 nodule"):
-        read_films(tmp_path, 32)
 
 
 def test_batches_are_a_pure_function_of_the_images_seen(phantom_data, templates):
@@ -101,7 +94,7 @@ def test_statistics_taken_anew_are_those_of_the_generator_at_hand():
     torch.manual_seed(0)
     generator = MultiScaleGenerator(ARCHITECTURES["tiny"])
     before = {k: v.clone() for k, v in generator.state_dict().items()}
-    retake_statistics(generator, LocationPrior.bundled(), TINY, seed=0, batches=40)
+    retake_statistics(generator, LocationPrior.bundled(), dataclasses.replace(TINY, statistics_batches=40), seed=0)
     after = generator.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed == {k for k in before if k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
@@ -109,6 +102,152 @@ def test_statistics_taken_anew_are_those_of_the_generator_at_hand():
     # The stem's norm sees z W: |w|^2 is its variance for standard normal noise, times 6 / 7 in a batch of 4 pairs.
     expected = generator.stem.linear.weight.detach().square().sum(dim=1)
     assert (after["stem.norm.running_var"] / expected).mean() == pytest.approx(6 / 7, abs=0.03)
+
+
+# --- Switches: one step each ---
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "there", "not_there"),
+    [
+        ({}, {"d32", "d_crop", "d_difference", "g_outside", "g_level", "contrast"}, {"r1_32"}),
+        ({"r1_weight": 1.0}, {"r1_16", "r1_32"}, set()),
+        ({"relativistic": True}, {"d32", "g32"}, set()),
+        ({"normal_first": 8}, {"d32", "g32", "g_level"}, {"contrast", "d_crop", "g_outside"}),
+        ({"discriminator_norm": True, "augment": False}, {"d32", "g32"}, set()),
+        ({"crop_weight": 0.0, "difference_weight": 0.0}, {"g_outside"}, {"d_crop", "d_difference"}),
+    ],
+)
+def test_every_switch_trains_one_step(phantom_data, templates, tmp_path, numbers, there, not_there):
+    preset = dataclasses.replace(TINY, images=8, grow_at=(), **numbers)
+    train_gan(preset, data=phantom_data, ct_nodules=templates, out=tmp_path)
+    (line,) = _lines(tmp_path)
+    assert there <= line.keys() and not not_there & line.keys() and line["skipped"] == 0
+    assert NoduleGenerator.from_pretrained(tmp_path / "export").provenance["recipe"]["preset"] == preset.numbers()
+
+
+def test_the_first_phase_shows_normal_films_and_empty_masks_alone(phantom_data, templates):
+    films, prior = read_films(phantom_data, 32), LocationPrior.bundled()
+    preset = dataclasses.replace(TINY, normal_first=16)
+    first = drawn(films, prior, None, preset, seed=0, images_seen=8)
+    assert first.classes.tolist() == [0] * 8 and not first.masks.any() and len(first.noise) == len(first.masks) == 8
+    normal = {film.numpy().tobytes() for film in films.normal}
+    shown = ((first.images + 1) * 127.5).round().to(torch.uint8)
+    assert all(film.numpy().tobytes() in normal for film in shown)
+    assert len({row.numpy().tobytes() for row in first.noise}) == 8
+    assert drawn(films, prior, None, preset, seed=0, images_seen=16).masks.any()
+
+
+def test_thesis256_is_the_source_to_the_letter():
+    stage1, stage2 = PRESETS["thesis256"], PRESETS["thesis256-stage2"]
+    assert (stage1.batch, stage2.batch, stage1.learning_rate, stage2.learning_rate) == (24, 16, 2e-5, 2e-5)
+    assert (stage1.images, stage2.images - stage1.images) == (43 * 65_426, 13 * 65_426)
+    assert (stage1.carim_weight, stage1.carim_form, stage1.carim_every) == (0.001, "source", 1)
+    ours = ("superimposed", "crop_weight", "difference_weight", "outside_weight", "level_weight", "r1_weight")
+    ours += ("normal_first", "augment", "relativistic", "grow_at")
+    assert not any(getattr(preset, name) for preset in (stage1, stage2) for name in ours)
+    assert stage1.discriminator_norm and ARCHITECTURES[stage1.architecture].joint
+
+
+def test_numbers_are_changed_by_name():
+    preset = changed(TINY, ["crop_weight=0", "grow_at=[8]", "carim_form=source", "relativistic=true"])
+    assert (preset.crop_weight, preset.grow_at, preset.carim_form, preset.relativistic) == (0.0, (8,), "source", True)
+    with pytest.raises(RunError, match="set must name one of .*'crops=1'"):
+        changed(TINY, ["crops=1"])
+    for wrong in ("batch=many", "batch=1.5", "relativistic=1", "crop_weight"):
+        with pytest.raises(RunError, match=f"set must give .* got '{wrong}'"):
+            changed(TINY, [wrong])
+
+
+# --- Bad input: named before training starts ---
+def _changed_table(source, target, name, change):
+    """A data set with one changed table; the images are the source's."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name != name:
+            (target / path.name).symlink_to(path)
+    (target / name).write_text(change((source / name).read_text()))
+    return target
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("training has started")
+
+    monkeypatch.setattr("train.gan.train_step", never)
+
+
+def _refused(match, preset=TINY, **options):
+    with pytest.raises((RunError, ClassifierError), match=match):
+        train_gan(preset, **options)
+
+
+@pytest.mark.usefixtures("no_step")
+def test_data_that_do_not_fit_are_refused(phantom_data, templates, tmp_path):
+    entries, splits, boxes = "Data_Entry_2017_v2020.csv", "split.csv", "BBox_List_2017.csv"
+    options = {"ct_nodules": templates, "out": tmp_path / "run"}
+    data = _changed_table(phantom_data, tmp_path / "1", entries, lambda t: t.replace(",Nodule,", ",No Finding,"))
+    _refused("needs films of both classes, got 24 normal, 0 nodule", data=data, **options)
+    data = _changed_table(phantom_data, tmp_path / "2", entries, lambda t: t.replace(",No Finding,", ",Nodule,"))
+    _refused("needs films of both classes, got 0 normal, 24 nodule", data=data, **options)
+    data = _changed_table(phantom_data, tmp_path / "3", splits, lambda t: t.replace(",train", ",test"))
+    _refused("the train split holds no film", data=data, **options)
+    data = _changed_table(phantom_data, tmp_path / "4", boxes, lambda t: t.splitlines()[0] + "\n")
+    _refused("has no nodule box and there are no CT nodules", data=data, ct_nodules=None, out=tmp_path / "run")
+    large = dataclasses.replace(TINY, batch=32)
+    _refused("needs at least a batch of 32 films, got 24", large, data=phantom_data, **options)
+
+
+@pytest.mark.usefixtures("no_step")
+def test_films_of_several_sizes_are_refused_unless_asked_for(phantom_data, templates, tmp_path):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    for path in [p for p in phantom_data.iterdir() if p.name != "images"] + list((phantom_data / "images").iterdir()):
+        (data / path.relative_to(phantom_data)).symlink_to(path)
+    odd = data / "images" / "00000003_000.png"
+    odd.unlink()
+    Image.new("L", (64, 48)).save(odd)
+    match = r"films must be of one size, got 64x64 \(00000001_000.png\) and 48x64 \(00000003_000.png\)"
+    _refused(match, data=data, ct_nodules=templates, out=tmp_path / "run")
+    assert len(read_films(data, 32, any_size=True).normal) == 16
+
+
+@pytest.mark.usefixtures("no_step")
+def test_presets_that_do_not_fit_are_refused(phantom_data, templates, tmp_path):
+    options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path / "run"}
+    with pytest.raises(RunError, match="preset must be one of .*'tiny'.*, got 'tin'"):
+        named_preset("tin")
+    _refused("preset.architecture must be one of", dataclasses.replace(TINY, architecture="large"), **options)
+    _refused("preset.batch must be a multiple of 2", dataclasses.replace(TINY, batch=7), **options)
+    _refused(
+        "preset.grow_at must have fewer entries than branches", dataclasses.replace(TINY, grow_at=(8, 16)), **options
+    )
+
+
+def test_a_checkpoint_of_another_preset_is_refused(phantom_data, templates, tmp_path, monkeypatch):
+    options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path / "run"}
+    small = dataclasses.replace(TINY, images=8, grow_at=())
+    train_gan(small, **options)
+    wide = dataclasses.replace(small, discriminator_width=16)
+    _refused(r"holds another recipe \(differs in \['preset.discriminator_width'\]\)", wide, **options)
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    recipe["preset"]["discriminator_width"] = 16  # a checkpoint put into another run's folder
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
+    _refused("the checkpoint is of other networks than the preset's", wide, **options)
+
+
+def test_the_command_line_names_what_is_wrong(phantom_data, tmp_path, monkeypatch):
+    for arguments, match in (
+        (["--preset", "fast", "--data", phantom_data], "error: preset must be one of .* got 'fast'"),
+        (["--preset", "tiny", "--data", tmp_path], "error: .*no Data_Entry_2017"),
+        (["--preset", "tiny", "--data", phantom_data, "--weights", tmp_path], "error: .*has no model.safetensors"),
+    ):
+        monkeypatch.setattr("sys.argv", ["gan", *map(str, arguments), "--out", str(tmp_path / "run")])
+        with pytest.raises(SystemExit, match=match):
+            main()
 
 
 # --- Fine-tuning ---
@@ -194,6 +333,11 @@ def test_stage_2_refuses_what_does_not_fit(phantom_data, templates, classifier_f
     Run(tmp_path / "empty", {"preset": TINY.to_dict()})
     with pytest.raises(ValueError, match="start must hold a checkpoint"):
         train_gan(TINY, start=tmp_path / "empty", classifier=classifier_file, **options)
+    torch.manual_seed(0)
+    ChestClassifier(["Mass"], size=32).save(tmp_path / "mass.safetensors")
+    with pytest.raises(ValueError, match="finding must be one of the classifier's"):
+        train_gan(TINY, start=tmp_path / "empty", classifier=tmp_path / "mass.safetensors", **options)
+    assert not (tmp_path / "2").exists()
 
 
 def test_a_classifier_without_the_finding_or_still_training_is_refused():

@@ -123,7 +123,7 @@ def train_gan(
         influence = Influence(frozen_classifier, preset.carim_weight, preset.carim_form, preset.carim_every)
         begun = in_first(fabric, lambda: first_stage(start, preset))
         recipe["stage_2_from"] = begun["images_seen"] if begun else None
-    run = in_first(fabric, lambda: Run(out, recipe, defaults=DEFAULTS))
+    run = in_first(fabric, lambda: Run(out, recipe, defaults=DEFAULTS, begin=False))
     prior = prior or LocationPrior.bundled()
     ct = CTNodules(ct_nodules) if ct_nodules is not None else None
     unreadable: list[str] = []
@@ -148,6 +148,7 @@ def train_gan(
     skipped, best = (state.get("skipped", 0), state.get("best", {})) if state else (0, {})
     snapshots = None
     if run is not None:
+        run.begin()
         run.rewind(images_seen)
         run.event("started", images=images_seen, processes=fabric.world_size, device=str(fabric.device))
         for what in unreadable:

@@ -84,17 +84,14 @@ def frozen(modules: list[nn.Module]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def retake_statistics(
-    generator: MultiScaleGenerator, prior: LocationPrior, preset: GANPreset, *, seed: int, batches: int = 60
-) -> None:
+def retake_statistics(generator: MultiScaleGenerator, prior: LocationPrior, preset: GANPreset, *, seed: int) -> None:
     """Takes the batch norm statistics anew, in place: those of the training do not fit averaged weights.
 
     Args:
         generator: left in eval mode.
         prior: of the masks.
-        preset: its batch: half matched pairs' masks, half none, as in training.
+        preset: its batch, half matched pairs' masks, half none, as in training, and how many of them are averaged.
         seed: of the noise and masks.
-        batches: whose statistics are averaged.
     """
     norms = [m for m in generator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [m.momentum for m in norms]
@@ -106,7 +103,7 @@ def retake_statistics(
     vectors = {k: v.clone() for k, v in generator.named_buffers() if k.endswith(("_u", "_v"))}
     generator.train()
     with torch.no_grad():
-        for _ in range(batches):
+        for _ in range(preset.statistics_batches):
             noise = torch.randn(preset.batch // 2, generator.noise_dim, generator=stream).to(device)
             boxes = prior.sample(len(noise), generator=stream, image_size=size).boxes
             masks = draw_masks([at_least(b, 2, size) for b in boxes], size, stream).to(device)

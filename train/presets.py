@@ -40,6 +40,7 @@ class GANPreset:
         grow_at: images seen at which branch 2, 3, .. joins (progressive training); all from the start if empty.
         warm_up: images that train the discriminators alone when the generator starts from given weights.
         ema_images: half-life of the moving average of the weights, in images.
+        statistics_batches: whose batch norm statistics the exported weights get; see `train.networks`.
         snapshot_images: a picture and a checkpoint every so many images.
         log_images: a line of the log every so many images.
     """
@@ -69,6 +70,7 @@ class GANPreset:
     grow_at: tuple[int, ...] = ()
     warm_up: int = 4_000
     ema_images: int = 3_000
+    statistics_batches: int = 60
     snapshot_images: int = 4_000
     log_images: int = 320
 
@@ -119,6 +121,7 @@ PRESETS: dict[str, GANPreset] = {
         discriminator_width=8,
         grow_at=(64,),
         warm_up=32,
+        statistics_batches=4,
         snapshot_images=128,
         log_images=32,
     ),

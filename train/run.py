@@ -5,6 +5,7 @@ checkpoint, each file whole or not at all, and log lines from after the checkpoi
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -44,13 +45,20 @@ class Run:
         recipe: everything that fixes the run, as plain JSON types. A folder that holds another recipe is refused.
         keep: how many checkpoints to keep.
         defaults: what recipes from before an entry of `recipe["preset"]` existed are taken to mean.
+        begin: write the recipe at once; else when `begin` is called: a start that fails should fix nothing.
 
     Raises:
         RunError: the folder cannot be written, or holds another recipe.
     """
 
     def __init__(
-        self, folder: str | Path, recipe: dict[str, Any], *, keep: int = 2, defaults: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        recipe: dict[str, Any],
+        *,
+        keep: int = 2,
+        defaults: dict[str, Any] | None = None,
+        begin: bool = True,
     ) -> None:
         """Makes or reopens the folder."""
         self.folder, self.keep, self.recipe = Path(folder), keep, recipe
@@ -63,18 +71,25 @@ class Run:
                 (shutil.rmtree if part.is_dir() else os.unlink)(part)
             for old in self.folder.glob("*.old"):  # a swap of folders that was cut between its two renames
                 shutil.rmtree(old) if old.with_suffix("").exists() else old.rename(old.with_suffix(""))
-            if not path.exists():
-                write_whole(path, json.dumps(recipe, indent=2).encode())
             write_whole(self.folder / "probe", b"")
             (self.folder / "probe").unlink()
         except OSError as error:
             raise RunError(f"out must be a folder that can be written, got {folder} ({error})") from error
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(recipe))
+        now = json.loads(json.dumps(recipe))
+        before = json.loads(path.read_text()) if path.exists() else copy.deepcopy(now)
         if defaults and "preset" in before:
             before["preset"] = {**defaults, **before["preset"]}
         changed = differences(before, now)
         if changed:
             raise RunError(f"{path} holds another recipe (differs in {changed}): give another --out folder")
+        if begin:
+            self.begin()
+
+    def begin(self) -> None:
+        """Writes the recipe, if the folder has none yet."""
+        path = self.folder / "recipe.json"
+        if not path.exists():
+            write_whole(path, json.dumps(self.recipe, indent=2).encode())
 
     def log(self, *, images: int, **scalars: Any) -> None:
         """Adds one line to log.jsonl, with the time, and its finite scalars to TensorBoard."""
