@@ -12,7 +12,15 @@ from carim_aug.hub import NoduleGenerator
 from carim_aug.models.classifier import ChestClassifier, ClassifierError
 from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
 from carim_aug.prior import LocationPrior
-from train.films import at_least, crop_at, draw_batch, read_films
+from train.films import (
+    DIFFERENCE_GAIN,
+    at_least,
+    crop_at,
+    difference_maps,
+    draw_batch,
+    mean_inside,
+    read_films,
+)
 from train.gan import drawn, main, train_gan
 from train.influence import Influence
 from train.networks import Networks, retake_statistics
@@ -52,6 +60,16 @@ def test_crops_stay_inside_and_hold_the_box():
     maps = torch.arange(32 * 32.0).view(1, 1, 32, 32)
     crop = crop_at(maps, torch.tensor([[30.0, 0.0, 32.0, 2.0]]), 8, torch.zeros(1, 2))
     assert crop.shape == (1, 1, 8, 8) and crop[0, 0, 0, 7] == 31
+
+
+def test_maps_of_a_difference_hold_its_strength_its_shape_and_the_mask():
+    difference, mask = torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
+    difference[0, 0, 1, 1], difference[0, 0, 1, 2], difference[1, 0, 0, 0] = 0.2, 0.1, 0.002
+    maps = difference_maps(difference, mask)
+    assert torch.equal(maps[:, 2:], mask) and torch.equal(maps[:, :1], difference * DIFFERENCE_GAIN)
+    assert maps[0, 1].max() == 1 and maps[0, 1, 1, 2] == 0.5
+    assert float(maps[1, 1].max()) == pytest.approx(0.2)  # what is hardly there is not blown up
+    assert mean_inside(difference, mask).tolist() == pytest.approx([0.3 / 16, 0.002 / 16])
 
 
 def test_small_boxes_grow_about_their_centre_and_stay_inside():

@@ -12,6 +12,7 @@ from carim_aug.losses import (
     lsgan_fake,
     lsgan_real,
     outside_loss,
+    spread_loss,
 )
 
 
@@ -140,3 +141,12 @@ def test_carim_refuses_shapes_that_do_not_fit(maps, masks, form):
 def test_carim_refuses_an_unknown_form():
     with pytest.raises(ValueError, match="form must be one of"):
         carim_loss(torch.rand(1, 1, 4, 4), torch.ones(1, 1, 8, 8), form="relu")
+
+
+def test_spread_loss_compares_sorted_values():
+    fake, real = torch.tensor([0.3, 0.1, 0.2], requires_grad=True), torch.tensor([0.1, 0.2, 0.6])
+    loss = spread_loss(fake, real)
+    assert float(loss) == pytest.approx(0.3**2 / 3)  # only the largest differs
+    loss.backward()
+    assert fake.grad.tolist() == pytest.approx([-0.2, 0.0, 0.0])
+    assert float(spread_loss(real.flip(0), real)) == 0

@@ -16,7 +16,8 @@ from train.presets import GANPreset
 from train.reading import Reading
 from train.run import RunError
 
-DIFFERENCE_GAIN = 4.0  # a nodule adds about a quarter of the image's half range: brings difference crops to order 1
+DIFFERENCE_GAIN = 6.0  # a nodule adds a tenth of the image's half range or two: brings difference crops to order 1
+CONTRAST = (0.045, 0.27)  # 10th and 90th percentile of the peak of superimposed nodules: see `CTNodules.superimpose`
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Batch:
         images: (B, 1, S, S) in [-1, 1]: the nodule half first, then the normal half.
         classes: (B,) int64, 1 nodule, 0 normal.
         crops: (K, 2, s, s) real (image, mask) crops whose mask is known.
-        differences: (P, 2, s, s) real (difference, mask) crops of superimposed CT nodules.
+        differences: (P, 3, s, s) real crops of superimposed CT nodules, see `difference_maps`.
+        contrasts: (P,) mean of each superimposed nodule inside its mask.
         noise: (P, noise_dim), one row for each matched pair.
         masks: (P, 1, S, S) in {0, 1}.
         boxes: (P, 4), one box of each mask, for the crops of generated images.
@@ -103,6 +105,7 @@ class Batch:
     classes: Tensor
     crops: Tensor
     differences: Tensor
+    contrasts: Tensor
     noise: Tensor
     masks: Tensor
     boxes: Tensor
@@ -114,6 +117,17 @@ def crop_at(maps: Tensor, boxes: Tensor, size: int, jitter: Tensor) -> Tensor:
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + jitter
     start = (centre - size / 2).round().clamp(0, side - size).long()
     return torch.stack([m[:, y : y + size, x : x + size] for m, (x, y) in zip(maps, start.tolist(), strict=True)])
+
+
+def difference_maps(differences: Tensor, masks: Tensor) -> Tensor:
+    """Gives (B, 3, S, S) what the discriminator of differences sees: difference, its shape (peak 1), mask."""
+    peak = differences.amax(dim=(1, 2, 3), keepdim=True).clamp(min=0.01)
+    return torch.cat([differences * DIFFERENCE_GAIN, differences / peak, masks], dim=1)
+
+
+def mean_inside(differences: Tensor, masks: Tensor) -> Tensor:
+    """Gives the mean of each difference (B, 1, S, S) inside its mask, (B,); 0 for an empty mask."""
+    return (differences * masks).sum(dim=(1, 2, 3)) / masks.sum(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
 def at_least(boxes: Tensor, pixels: float, size: int) -> Tensor:
@@ -162,14 +176,15 @@ def draw_batch(
     # The normal half; CT nodules superimposed on other normal films; films labelled Nodule.
     normal = scaled(films.normal[pick(len(films.normal), half)])
     labelled = scaled(films.nodule[pick(len(films.nodule), half)])
-    crops, differences = torch.empty(0, 2, crop, crop, device=device), torch.empty(0, 2, crop, crop, device=device)
+    crops, differences = torch.empty(0, 2, crop, crop, device=device), torch.empty(0, 3, crop, crop, device=device)
+    contrasts = torch.empty(0, device=device)
     if ct is not None:
         ground = scaled(films.normal[pick(len(films.normal), half)])
-        shown, difference = ct.superimpose(ground, known_boxes, generator=generator)
+        shown, difference = ct.superimpose(ground, known_boxes, generator=generator, contrast=CONTRAST)
         n = round(preset.superimposed * half)
         labelled = torch.cat([shown[:n], labelled[n:]])
-        maps = torch.cat([difference * DIFFERENCE_GAIN, known_masks], dim=1)
-        differences = crop_at(maps, known_boxes, crop, jitter(half))
+        differences = crop_at(difference_maps(difference, known_masks), known_boxes, crop, jitter(half))
+        contrasts = mean_inside(difference, known_masks)
         # Crops whose mask is known: superimposed, boxed by radiologists, and normal films with an empty mask.
         shown_crops = crop_at(torch.cat([shown, known_masks], dim=1), known_boxes, crop, jitter(half))
         empty = crop_at(torch.cat([normal, torch.zeros_like(normal)], dim=1), known_boxes, crop, jitter(half))
@@ -183,4 +198,4 @@ def draw_batch(
 
     classes = torch.cat([torch.ones(half, dtype=torch.int64), torch.zeros(half, dtype=torch.int64)]).to(device)
     asked_boxes = torch.stack([b[0] for b in asked])
-    return Batch(torch.cat([labelled, normal]), classes, crops, differences, noise, masks, asked_boxes)
+    return Batch(torch.cat([labelled, normal]), classes, crops, differences, contrasts, noise, masks, asked_boxes)

@@ -36,7 +36,7 @@ class Networks(nn.Module):
             for i in range(config.branches)
         )
         self.crop = CropDiscriminator()
-        self.difference = CropDiscriminator()
+        self.difference = CropDiscriminator(3)
         half_life = preset.ema_images / preset.batch
 
         def average(averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:

@@ -1,4 +1,4 @@
-"""Presets of the GAN's training: one row per published or shipped number (METHOD 6 and 10; EVIDENCE, Quality)."""
+"""Presets of the GAN's and the classifier's training: one row per published or shipped number (METHOD 4, 6 and 10)."""
 
 import json
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ class GANPreset:
         crop_weight: weight of the discriminator of (image, mask) crops in the generator's loss; 0 leaves it out.
         difference_weight: the same for (difference, mask) crops.
         outside_weight: weight of the mean |difference| outside the dilated mask.
+        contrast_weight: weight of `carim_aug.losses.spread_loss` on the nodules' contrast.
         level_weight: weight of `carim_aug.losses.level_loss` on the last scale.
         carim_weight: lambda of eq. 7, in stage 2.
         carim_form: of `carim_aug.losses.CARIM_FORMS`.
@@ -59,6 +60,7 @@ class GANPreset:
     crop_weight: float = 1.0
     difference_weight: float = 3.0
     outside_weight: float = 20.0
+    contrast_weight: float = 100.0
     level_weight: float = 20.0
     carim_weight: float = 0.001
     carim_form: str = "softplus"
@@ -99,6 +101,7 @@ _THESIS = GANPreset(
     crop_weight=0.0,
     difference_weight=0.0,
     outside_weight=0.0,
+    contrast_weight=0.0,
     level_weight=0.0,
     carim_form="source",
     carim_every=1,
@@ -125,6 +128,51 @@ PRESETS: dict[str, GANPreset] = {
         snapshot_images=128,
         log_images=32,
     ),
+}
+
+
+@dataclass(frozen=True)
+class ClassifierPreset:
+    """Numbers of one classifier's training.
+
+    Attributes:
+        size: side in pixels at which the network sees films.
+        images: films to show in all.
+        batch: films a step.
+        learning_rate: AdamW's largest, after a warm-up of a twentieth of the images, then a cosine to zero.
+        weight_decay: AdamW's.
+        nodules: share of a batch drawn from films labelled Nodule.
+        superimposed: share of a batch that is normal films with CT nodules.
+        map_weight: weight of the map's loss where the place of the nodule is known.
+        validate_images: validation every so many films; the network with the best nodule AUC on val is kept.
+        patience: validations without a better one after which training stops.
+    """
+
+    size: int = 224
+    images: int = 400_000
+    batch: int = 32
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-2
+    nodules: float = 0.125
+    superimposed: float = 0.25
+    map_weight: float = 1.0
+    validate_images: int = 8_000
+    patience: int = 10
+
+
+PRESETS: dict[str, ClassifierPreset] = {
+    "plain": ClassifierPreset(nodules=0.0, superimposed=0.0, map_weight=0.0),
+    "chexnet": ClassifierPreset(),
+    "chexnet128": ClassifierPreset(size=128, images=100_000, validate_images=4_000),
+    "tiny": ClassifierPreset(size=32, images=96, batch=8, validate_images=48),
+}
+
+
+CLASSIFIERS: dict[str, ClassifierPreset] = {
+    "plain": ClassifierPreset(nodules=0.0, superimposed=0.0, map_weight=0.0),
+    "chexnet": ClassifierPreset(),
+    "chexnet128": ClassifierPreset(size=128, images=100_000, validate_images=4_000),
+    "tiny": ClassifierPreset(size=32, images=96, batch=8, validate_images=48),
 }
 
 DEFAULTS: dict[str, Any] = GANPreset("").numbers()

@@ -4,6 +4,7 @@ An update whose gradient is not finite is not made: the networks stay as they we
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch.nn import functional as F
 from torch.nn.utils import get_total_norm, parametrize
 
 from carim_aug.augment import DiffAugment
-from carim_aug.losses import level_loss, lsgan_fake, lsgan_real, outside_loss
+from carim_aug.losses import level_loss, lsgan_fake, lsgan_real, outside_loss, spread_loss
 from carim_aug.models.generator import MultiScaleGenerator
 from train.adversarial import Comparison, drawing_loss, judging_loss
 from train.devices import Part
-from train.films import DIFFERENCE_GAIN, Batch, crop_at
+from train.films import Batch, crop_at, difference_maps, mean_inside
 from train.influence import Influence, gradient_ratio
 from train.networks import Networks, frozen
 from train.presets import GANPreset
@@ -47,7 +48,7 @@ class Wrapped:
         draw: of the generator.
         compare: of each scale's discriminator.
         crop: discriminator of (image, mask) crops.
-        difference: discriminator of (difference, mask) crops.
+        difference: discriminator of crops of differences.
         optimizers: "generator" and "discriminators".
         part: of a batch that is this process's.
     """
@@ -112,7 +113,7 @@ class Generated:
         pyramid: (B, 1, s, s) each, smallest first: with the mask (the nodule half), then without.
         difference: (P, 1, S, S) of matched pairs, with minus without; None where a batch has no masks.
         crops: (2P, 2, c, c) of (image, mask), or None.
-        differences: (P, 2, c, c) of (difference, mask), or None.
+        differences: (P, 3, c, c), see `difference_maps`, or None.
     """
 
     pyramid: list[Tensor]
@@ -138,7 +139,7 @@ def train_step(
     """
     fabric, networks = wrapped.fabric, wrapped.networks
     batch, total = wrapped.part.batch(batch), len(batch.images)
-    before = Buffers(networks)
+    before = Buffers([networks.generator, *networks.discriminators()])
     sizes = [d.image_size for d in networks.scales][: asked.scales]
     last = networks.generator.image_size
     reals = [batch.images if s == last else F.adaptive_avg_pool2d(batch.images, s) for s in sizes]
@@ -155,7 +156,7 @@ def train_step(
         made = generate(wrapped, batch, preset, asked.scales, total=total, generator=generator)
     shown, fakes = augmented(reals, [x.detach() for x in made.pyramid])
     losses = judging_losses(wrapped, batch, preset, asked, shown=shown, fakes=fakes, made=made)
-    if not descend(wrapped, "discriminators", losses):
+    if not descend(fabric, wrapped.optimizers["discriminators"], losses, wrapped.part):
         before.restore()
         return {k: v.detach() for k, v in losses.items()}, False
     if asked.warming:
@@ -169,15 +170,17 @@ def train_step(
     if preset.level_weight > 0:
         both = (wrapped.part.gathered(x, fabric) for x in (made.pyramid[-1], reals[-1]))
         drawn["g_level"] = preset.level_weight * level_loss(*both, generator=generator)
-    done = descend(wrapped, "generator", drawn)
+    if preset.contrast_weight > 0 and made.crops is not None:
+        both = (wrapped.part.gathered(x, fabric) for x in (mean_inside(made.difference, batch.masks), batch.contrasts))
+        drawn["g_contrast"] = preset.contrast_weight * spread_loss(*both)
+    done = descend(fabric, wrapped.optimizers["generator"], drawn, wrapped.part)
     if done:
         networks.update_average()
     else:
         before.restore()
     if made.difference is not None:
         with torch.no_grad():
-            inside = F.adaptive_avg_pool2d(batch.masks, sizes[-1])
-            told["contrast"] = (made.difference * inside).sum() / inside.sum().clamp(min=1e-6)
+            told["contrast"] = mean_inside(made.difference, F.adaptive_avg_pool2d(batch.masks, sizes[-1])).mean()
     return {k: v.detach() for k, v in (losses | drawn | told).items()}, done
 
 
@@ -199,10 +202,10 @@ def generate(
         return Generated(pyramid, difference, None, None)
     crop, empty = config.image_size // 4, torch.zeros_like(batch.masks)
     jitter = (torch.rand(total // 2, 2, generator=generator) - 0.5) * crop / 3
-    pairs = torch.cat([with_mask, batch.masks, without, empty, difference * DIFFERENCE_GAIN], 1)
+    pairs = torch.cat([with_mask, batch.masks, without, empty, difference_maps(difference, batch.masks)], 1)
     pairs = crop_at(pairs, batch.boxes, crop, wrapped.part.of(jitter).to(pairs.device))
     crops = torch.cat([pairs[:, 0:2], pairs[:, 2:4]])
-    return Generated(pyramid, difference, crops, torch.cat([pairs[:, 4:5], pairs[:, 1:2]], dim=1))
+    return Generated(pyramid, difference, crops, pairs[:, 4:])
 
 
 def judging_losses(
@@ -267,14 +270,13 @@ def drawing_losses(
     return losses
 
 
-def descend(wrapped: Wrapped, name: str, losses: dict[str, Tensor]) -> bool:
+def descend(fabric: Fabric, optimizer: Any, losses: dict[str, Tensor], part: Part) -> bool:
     """Does one update by the sum of the losses, in one backward; none, and False, if it is not finite anywhere."""
-    optimizer, fabric = wrapped.optimizers[name], wrapped.fabric
     optimizer.zero_grad(set_to_none=True)
     total = sum(losses.values(), torch.zeros((), device=fabric.device))
     fabric.backward(total)
     slopes = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    size = get_total_norm(slopes) + wrapped.part.summed(total.detach(), fabric)
+    size = get_total_norm(slopes) + part.summed(total.detach(), fabric)
     if not math.isfinite(float(size)):
         return False
     optimizer.step()
@@ -284,9 +286,9 @@ def descend(wrapped: Wrapped, name: str, losses: dict[str, Tensor]) -> bool:
 class Buffers:
     """A copy of what forward passes move: batch norm's statistics and spectral norm's vectors."""
 
-    def __init__(self, networks: Networks) -> None:
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
         """Copies."""
-        everything = [b for net in (networks.generator, *networks.discriminators()) for b in net.buffers()]
+        everything = [b for net in networks for b in net.buffers()]
         self.kinds = [[b for b in everything if b.is_floating_point() is kind] for kind in (True, False)]
         self.copies = [list(torch._foreach_add(kind, 0)) if kind else [] for kind in self.kinds]  # few kernels
 

@@ -110,7 +110,8 @@ class CropDiscriminator(nn.Module):
     """Judges small crops at the mask: several maps (image or difference, and mask) to one score.
 
     Our own extension (EVIDENCE, Quality): a nodule is a few pixels of an image, so the discriminators of whole images
-    hardly see it. No norm but the spectral one, so that it works with any number of crops.
+    hardly see it. No norm but the spectral one, so that it works with any number of crops; none at the head, for the
+    reason that `ScaleDiscriminator` gives.
 
     Args:
         in_channels: maps of a crop.
@@ -129,7 +130,7 @@ class CropDiscriminator(nn.Module):
             nn.LeakyReLU(0.2),
             conv3x3(4 * width, 4 * width, spectral=True, bias=True),
             nn.LeakyReLU(0.2),
-            conv3x3(4 * width, 1, spectral=True, bias=True),
+            conv3x3(4 * width, 1, spectral=False, bias=True),
         )
 
     def forward(self, crops: Tensor) -> Tensor:
