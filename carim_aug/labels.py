@@ -13,32 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-CHESTXRAY14 = tuple(
-    "Atelectasis|Cardiomegaly|Effusion|Infiltration|Mass|Nodule|Pneumonia|Pneumothorax|Consolidation|Edema|Emphysema|"
-    "Fibrosis|Pleural_Thickening|Hernia".split("|")
-)
-"""The 14 findings of ChestX-ray14 in their official order (torchxrayvision sorts them: ``LabelPolicy.named_by``)."""
-
-TORCHXRAYVISION18 = tuple(
-    "Atelectasis|Consolidation|Infiltration|Pneumothorax|Edema|Emphysema|Fibrosis|Effusion|Pneumonia|Pleural_Thickening|"
-    "Cardiomegaly|Nodule|Mass|Hernia|Lung Lesion|Fracture|Lung Opacity|Enlarged Cardiomediastinum".split("|")
-)
-"""torchxrayvision's ``datasets.default_pathologies``."""
-
-OTHER, UNKNOWN = "other", "unknown"
-"""Classes of multi-label rows: findings, but no nodule; no word on nodules."""
+from carim_aug.classnames import CHESTXRAY14, OTHER, TORCHXRAYVISION18, UNKNOWN, find, plain
+from carim_aug.labelvalues import LabelError, as_array, description, emptied, filled, sum_to_one, wanted, with_columns
 
 KINDS = ("integer", "onehot", "multilabel")
 POSITIVE = 0.5
-ROW_SUM = 1e-2
-"""How far from 1 a one-hot or soft row may sum up: float16 rows of many classes."""
 
-NORMAL_WORDS = ("no finding", "normal", "healthy")
 Label = TypeVar("Label")
-
-
-class LabelError(ValueError):
-    """A label, or a class name, that does not fit the policy."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +56,9 @@ class LabelPolicy:
         if not is_names or not all(isinstance(name, str) for name in self.classes):
             raise LabelError(f"classes must be a sequence of names, got {self.classes!r}")
         object.__setattr__(self, "classes", tuple(self.classes))
-        if len({_plain(name) for name in self.classes if name}) < sum(bool(name) for name in self.classes):
+        if len({plain(name) for name in self.classes if name}) < sum(bool(name) for name in self.classes):
             raise LabelError(f"classes must be different names, got {self.classes}")
-        nodule, normal = _find(self.nodule, self.classes), _find(self.normal, self.classes)
+        nodule, normal = find(self.nodule, self.classes), find(self.normal, self.classes)
         if nodule is None:
             raise LabelError(
                 f"nodule must be one of the classes {list(self.classes)}, got {self.nodule!r}: "
@@ -107,7 +88,7 @@ class LabelPolicy:
         """
         if self.classes is not None:
             return self
-        shape = None if label is None else _array(label).shape
+        shape = None if label is None else as_array(label).shape
         for _ in range(8):
             for attribute in ("classes",) if shape == () else ("pathologies", "classes"):
                 names = getattr(dataset, attribute, None)
@@ -132,9 +113,9 @@ class LabelPolicy:
         """
         if self._settled:
             return self
-        array = _array(label)
+        array = as_array(label)
         if array.ndim > 2 or (batch is False and array.ndim == 2):
-            raise LabelError(f"labels must be {_wanted(batch)}, got {_described(label, array)}")
+            raise LabelError(f"labels must be {wanted(batch)}, got {description(label, array)}")
         integer = array.dtype.kind in "iub"
         if batch is None:
             batch = array.ndim == 2 or (array.ndim == 1 and integer)
@@ -143,7 +124,7 @@ class LabelPolicy:
         if kind == "auto":
             if columns is None and integer:
                 kind = "integer"
-            elif columns == 2 and self._may_be_two_classes and _sum_to_one(array).all():
+            elif columns == 2 and self._may_be_two_classes and sum_to_one(array).all():
                 kind = "onehot"
             else:
                 kind = "multilabel"
@@ -157,7 +138,7 @@ class LabelPolicy:
                 classes = {1: (self.nodule,), 14: CHESTXRAY14, 18: TORCHXRAYVISION18}.get(columns or 1)
             if classes is None:
                 raise LabelError(
-                    f"labels must have columns whose names are known (kind={kind!r}), got {_described(label, array)}: "
+                    f"labels must have columns whose names are known (kind={kind!r}), got {description(label, array)}: "
                     f"pass labels=LabelPolicy(kind={kind!r}, classes=(...))"
                 )
         return replace(self, kind=kind, classes=classes)
@@ -173,9 +154,9 @@ class LabelPolicy:
             LabelError: wrong rank, type, number of columns or value.
         """
         policy = self.resolve(labels, batch=batch)
-        array = _array(labels)
+        array = as_array(labels)
         count = len(policy._names)
-        described = _described(labels, array)
+        described = description(labels, array)
         if batch and (array.ndim == 0 or len(array) == 0):
             raise LabelError(f"labels must be a batch with at least one item, got {described}")
         if policy.kind == "integer":
@@ -202,7 +183,7 @@ class LabelPolicy:
             hint = ": uncertain findings are NaN here, not -1" if wrong.flat[0] == -1 else ""
             raise LabelError(f"labels must be {allowed} (kind={policy.kind!r}), got {wrong.flat[0]}{hint}")
         if policy.kind == "onehot":
-            wrong = array[~_sum_to_one(array)]
+            wrong = array[~sum_to_one(array)]
             if wrong.size:
                 raise LabelError(
                     f"labels must be rows that sum to 1 (kind='onehot'), got {wrong.reshape(-1, count)[0]}"
@@ -226,9 +207,9 @@ class LabelPolicy:
             LabelError: an index outside the classes, or a wrong rank.
         """
         policy = self.resolve(label, batch=False)
-        array = _array(label)
+        array = as_array(label)
         if array.ndim > 1 or (array.ndim == 1 and policy.kind == "integer"):
-            raise LabelError(f"label must be one label (kind={policy.kind!r}), got {_described(label, array)}")
+            raise LabelError(f"label must be one label (kind={policy.kind!r}), got {description(label, array)}")
         return policy._classes(array[None])[0]
 
     def classes_of(self, labels: Any) -> list[str]:
@@ -244,9 +225,9 @@ class LabelPolicy:
             LabelError: an index outside the classes, or a wrong rank.
         """
         policy = self.resolve(labels, batch=True)
-        array = _array(labels)
+        array = as_array(labels)
         if array.ndim == 0 or (array.ndim != 1 and policy.kind == "integer"):
-            raise LabelError(f"labels must be a batch (kind={policy.kind!r}), got {_described(labels, array)}")
+            raise LabelError(f"labels must be a batch (kind={policy.kind!r}), got {description(labels, array)}")
         return policy._classes(array)
 
     def counts(self, labels: Iterable[Any]) -> dict[str, int]:
@@ -271,9 +252,7 @@ class LabelPolicy:
             for label in labels:
                 policy = policy.resolve(label, batch=False)
                 found[policy.class_of(label)] += 1
-        first = [policy.normal, policy.nodule]
-        if policy.kind in ("integer", "onehot"):
-            first = list(policy._names)
+        first = list(policy._names) if policy.kind in ("integer", "onehot") else [policy.normal, policy.nodule]
         return {name: found[name] for name in dict.fromkeys([*first, *sorted(found)])}
 
     def name_of(self, class_name: str) -> str:
@@ -291,7 +270,7 @@ class LabelPolicy:
         known = tuple(dict.fromkeys((self.nodule, self.normal, *(self.classes or ()))))
         if self.kind in ("multilabel", "auto"):
             known += (OTHER, UNKNOWN)
-        name = _find(class_name, known) if isinstance(class_name, str) else None
+        name = find(class_name, known) if isinstance(class_name, str) else None
         if name is None:
             raise LabelError(f"class must be one of {[k for k in known if k]}, got {class_name!r}")
         return name
@@ -338,15 +317,15 @@ class LabelPolicy:
                 f"got {class_name!r}"
             )
         if policy.kind == "integer":
-            return _filled(label_like, policy._names.index(name))
+            return filled(label_like, policy._names.index(name))
         if policy.kind == "onehot":
-            return _with_columns(_filled(label_like, 0), {policy._names.index(name): 1}, len(policy._names))
+            return with_columns(filled(label_like, 0), {policy._names.index(name): 1}, len(policy._names))
         if len(policy._names) == 1:
-            return _filled(label_like, int(name == policy.nodule))
+            return filled(label_like, int(name == policy.nodule))
         columns = {policy._nodule: int(name == policy.nodule)}
         if policy._normal is not None:
             columns[policy._normal] = int(name == policy.normal)
-        return _with_columns(_emptied(label_like), columns, len(policy._names))
+        return with_columns(emptied(label_like), columns, len(policy._names))
 
     def add_nodule(self, label: Label) -> Label:
         """The label of a real image into which a nodule was grafted.
@@ -365,7 +344,7 @@ class LabelPolicy:
             columns = {policy._nodule: 1}
             if policy._normal is not None:
                 columns[policy._normal] = 0
-            return _with_columns(label, columns, len(policy._names))
+            return with_columns(label, columns, len(policy._names))
         return policy.synthetic(label, policy.nodule)
 
     @property
@@ -419,72 +398,3 @@ class LabelPolicy:
         codes[positive[:, self._nodule]] = 0
         words = (self.nodule, self.normal, OTHER, UNKNOWN)
         return [words[code] for code in codes.tolist()]
-
-
-def _array(label: Any) -> np.ndarray:
-    """A label as a numpy array of integers, booleans or floats, to look at only."""
-    if isinstance(label, torch.Tensor):
-        label = label.detach().cpu()
-        array = (label.float() if label.dtype == torch.bfloat16 else label).numpy()
-    elif isinstance(label, np.ndarray | np.generic | int | float):
-        array = np.asarray(label)
-    else:
-        raise LabelError(f"labels must be numbers, arrays or tensors, got {label!r} ({type(label).__name__})")
-    if array.dtype.kind not in "iubf":
-        raise LabelError(f"labels must be integers or floating point, got {array.dtype}")
-    return array
-
-
-def _filled(label: Any, value: int) -> Any:
-    """A label like this one, ``value`` everywhere."""
-    if isinstance(label, torch.Tensor):
-        return torch.full_like(label, value)
-    if isinstance(label, np.ndarray):
-        return np.full_like(label, value)
-    return type(label)(value)
-
-
-def _emptied(label: Any) -> Any:
-    """A label like this one, 0 everywhere but where it is NaN."""
-    if isinstance(label, torch.Tensor):
-        zeros = torch.zeros_like(label)
-        return zeros.masked_fill(label.isnan(), torch.nan) if label.is_floating_point() else zeros
-    if isinstance(label, np.ndarray):
-        return np.where(np.isnan(label), label, np.zeros_like(label))
-    return label
-
-
-def _with_columns(label: Any, columns: dict[int, int], count: int) -> Any:
-    """A copy of the label, which has ``count`` columns, with these set."""
-    if not isinstance(label, torch.Tensor | np.ndarray) or label.ndim == 0 or label.shape[-1] != count:
-        raise LabelError(f"labels must have {count} columns, got {label!r}")
-    copied = label.clone() if isinstance(label, torch.Tensor) else label.copy()
-    for column, value in columns.items():
-        copied[..., column] = value
-    return copied
-
-
-def _sum_to_one(array: np.ndarray) -> np.ndarray:
-    """Which rows sum to 1."""
-    return np.abs(array.sum(-1, dtype=np.float64) - 1) < ROW_SUM
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().lower()
-
-
-def _find(name: str, names: Sequence[str]) -> str | None:
-    """The one of ``names`` that is meant by ``name``, or None."""
-    if name in names:
-        return name
-    wanted = NORMAL_WORDS if _plain(name) in NORMAL_WORDS else (_plain(name),)
-    return next((n for n in names if _plain(n) in wanted), None)
-
-
-def _wanted(batch: bool | None) -> str:
-    return {True: "(B,) or (B, C)", False: "a number or (C,)", None: "a number, (B,), (C,) or (B, C)"}[batch]
-
-
-def _described(label: Any, array: np.ndarray) -> str:
-    dtype = label.dtype if isinstance(label, torch.Tensor) else array.dtype
-    return f"{tuple(array.shape)} {dtype}" if array.ndim else f"{label!r}"

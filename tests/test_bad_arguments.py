@@ -11,8 +11,8 @@ from tiny import Films, generator, make_mix, prior
 from torch import nn
 
 from carim_aug import LabelPolicy, LocationPrior, SyntheticNoduleMix
+from carim_aug.classnames import NORMAL_WORDS
 from carim_aug.compiled import compile_generator
-from carim_aug.labels import NORMAL_WORDS
 from carim_aug.masks import boxes_to_masks, check_boxes, check_masks
 
 EVERYDAY = settings(deadline=None)

@@ -1,4 +1,4 @@
-"""Every example runs from the command line on drawn phantoms with small settings, and prints what it promises."""
+"""Every example runs from the command line with small settings, on phantoms and real films, and prints its promise."""
 
 import subprocess
 import sys
@@ -33,8 +33,17 @@ def test_every_example_is_run_here():
 
 
 @pytest.mark.parametrize("name", sorted(PROMISED))
-def test_example_runs(name, weights):
-    words = [f"examples/{name}.py", "--weights", str(weights), "--size", "64", "--batches", "2"]
+def test_example_runs_on_drawn_phantoms(name, weights):
+    runs(name, "--weights", str(weights))
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
+def test_example_runs_on_real_films_with_the_bundled_weights(name, real_data):
+    runs(name, "--data", str(real_data))
+
+
+def runs(name, *more):
+    words = [f"examples/{name}.py", *more, "--size", "64", "--batches", "2"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for said in PROMISED[name]:

@@ -37,6 +37,8 @@ FLOORS = {
     "compiled": 2,
     "evaluation/*": 2,
     "evaluation/__init__": 2.2,
+    "classnames": 0,
+    "labelvalues": 0,
     "labels": 2.5,
     "layouts": 2.5,
     "checkpoint": 2.5,

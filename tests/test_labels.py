@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carim_aug.labels import CHESTXRAY14, TORCHXRAYVISION18, LabelError, LabelPolicy
+from carim_aug.classnames import CHESTXRAY14, TORCHXRAYVISION18
+from carim_aug.labels import LabelError, LabelPolicy
 
 NAN = float("nan")
 NODULE14 = CHESTXRAY14.index("Nodule")

@@ -10,9 +10,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from torchvision import tv_tensors
 
 from carim_aug import LabelError, LabelPolicy
+from carim_aug.classnames import CHESTXRAY14
 from carim_aug.data.folders import FolderPerClass
 from carim_aug.data.phantom import PhantomChest
-from carim_aug.labels import CHESTXRAY14
 from carim_aug.wrapped import labels_without_images, same_label
 
 
