@@ -60,7 +60,7 @@ def fetch(
         if path.is_file():
             return path
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-        if pickles:
+        if pickles and filename == FILE:
             raise WeightsError(
                 f"{folder} holds {pickles[0]}, a pickle, which is never loaded here: "
                 f"save with NoduleGenerator.save_pretrained to get {filename}"

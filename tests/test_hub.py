@@ -713,6 +713,12 @@ def test_weights_without_a_prior_load_alone_and_a_mix_says_what_it_lacks(stand_i
         assert mix.prior.n_boxes == LocationPrior.bundled().n_boxes
 
 
+def test_a_checkpoint_beside_weights_is_not_taken_for_the_missing_prior(folder):
+    (folder / "last.ckpt").write_bytes(b"")
+    with pytest.raises(WeightsError, match="has no prior.safetensors: pass prior="):
+        SyntheticNoduleMix.from_pretrained(folder)
+
+
 def test_a_save_without_a_prior_leaves_the_one_that_is_there(tmp_path):
     made().save_pretrained(tmp_path, prior=LocationPrior.bundled())
     before = (tmp_path / PRIOR).read_bytes()

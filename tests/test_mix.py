@@ -10,6 +10,7 @@ from tiny import Films, generator, global_states_untouched, make_mix, prior
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from carim_aug import LabelPolicy, MixParams, SyntheticNoduleMix, ValueRange
 from carim_aug.masks import boxes_to_masks, feather
@@ -90,6 +91,19 @@ def test_the_output_has_the_structure_of_the_input(name):
         assert type(out[key]) is type(given_[key])
         if key in ("idx", "id", 2):
             assert out[key] is given_[key]
+
+
+def test_it_stands_among_other_v2_transforms_of_batches():
+    images, labels = batch()
+    mix = make_mix(p=1.0)
+    expected, marked = mix(images, labels)
+    other = make_mix(p=1.0)
+    mixed, again = v2.Compose([other, v2.Normalize([0.5], [0.5])])(tv_tensors.Image(images), labels)
+    assert type(mixed) is tv_tensors.Image and torch.equal(again, marked)
+    torch.testing.assert_close(mixed.as_subclass(torch.Tensor), (expected - 0.5) / 0.5)
+    cut, soft = v2.Compose([make_mix(p=1.0), v2.CutMix(num_classes=2)])(images, labels)
+    assert cut.shape == images.shape and soft.shape == (8, 2)
+    assert torch.equal(nn.Sequential(make_mix(p=1.0))((images, labels))[0], expected)
 
 
 @settings(deadline=None, max_examples=200)
