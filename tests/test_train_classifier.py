@@ -12,6 +12,8 @@ from carim_aug.evaluation.pointing import pointing_chance, pointing_hit
 from carim_aug.models.classifier import ChestClassifier
 from carim_aug.prior import LocationPrior
 from train.classifier import NODULE, PRESETS, draw_films, map_loss, read_labelled, train_classifier, train_step
+from train.presets import changed
+from train.run import RunError, TrainingError
 
 TINY = dataclasses.replace(PRESETS["tiny"], images=32, batch=8, validate_images=16)
 
@@ -71,7 +73,7 @@ def test_recipe_writes_a_classifier_and_a_report(run):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, phantom_data, templates, tmp_path, monkeypatch):
     options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path}
-    with pytest.raises(ValueError, match="before the first validation"):
+    with pytest.raises(TrainingError, match="before the first validation"):
         train_classifier(TINY, minutes=0, **options)
     steps = []
 
@@ -90,8 +92,45 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, phantom_data, templ
     assert all(torch.equal(v, b["classifier"][k]) for k, v in a["classifier"].items())
 
 
+def test_training_stops_when_the_val_auc_no_longer_grows(phantom_data, tmp_path):
+    preset = dataclasses.replace(TINY, images=800, validate_images=8, patience=2, learning_rate=0.0)
+    train_classifier(preset, data=phantom_data, ct_nodules=None, out=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    best = max(range(len(lines)), key=lambda i: lines[i]["val_auc"])
+    assert len(lines) == best + 3 < 100  # two validations after the best
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_named(phantom_data, tmp_path, monkeypatch):
+    def poisoned(fabric, mapped, optimizer, batch, preset):
+        batch[0].fill_(torch.nan)
+        return train_step(fabric, mapped, optimizer, batch, preset)
+
+    monkeypatch.setattr("train.classifier.train_step", poisoned)
+    preset = dataclasses.replace(TINY, images=80, validate_images=80)
+    with pytest.raises(TrainingError, match="losses not finite in 10 updates in a row, after 72 images"):
+        train_classifier(preset, data=phantom_data, ct_nodules=None, out=tmp_path)
+    assert (tmp_path / "events.jsonl").read_text().count("update skipped") == 10
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_each_aid_can_be_left_out_by_name(phantom_data, templates, tmp_path):
+    preset = changed(TINY, ["nodules=0", "superimposed=0", "map_weight=0"])
+    assert preset == dataclasses.replace(PRESETS["plain"], size=32, images=32, batch=8, validate_images=16)
+    film = read_labelled(phantom_data, "train", 32)
+    _, labels, masks, _ = draw_films(film, LocationPrior.bundled(), CTNodules(templates), preset, seed=0, images_seen=0)
+    assert len(labels) == 8 and masks.flatten(1).any(dim=1).sum() <= labels[:, NODULE].sum()
+
+
 def test_data_without_what_is_needed_is_refused_before_training(phantom_data, tmp_path):
-    with pytest.raises(ValueError, match="at least 64 films, some normal, got 24"):
+    with pytest.raises(RunError, match="at least 64 films, some normal, got 24, 16 normal"):
         train_classifier(dataclasses.replace(TINY, batch=64), data=phantom_data, ct_nodules=None, out=tmp_path / "a")
-    with pytest.raises(ValueError, match="the test split holds no film"):
+    with pytest.raises(RunError, match="the test split holds no film"):
         read_labelled(phantom_data, "test", 32)
+    entries = "Data_Entry_2017_v2020.csv"
+    for path in phantom_data.iterdir():
+        if path.name != entries:
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / entries).write_text((phantom_data / entries).read_text().replace(",Nodule,", ",Mass,"))
+    with pytest.raises(RunError, match="the train split needs films with and without a nodule"):
+        train_classifier(TINY, data=tmp_path, ct_nodules=None, out=tmp_path / "a")
+    assert not (tmp_path / "a" / "recipe.json").exists()

@@ -13,7 +13,7 @@ from carim_aug.evaluation.fid import frechet_distance, kernel_distance
 from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold
 from carim_aug.prior import LocationPrior
-from train.classifier import read_labelled
+from train.labelled import read_labelled
 from train.run import RunError
 
 

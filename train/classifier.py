@@ -1,182 +1,60 @@
 """CheXNet: `python -m train.classifier --preset chexnet --data FOLDER --out runs/chexnet` (METHOD 4).
 
-DenseNet-121 with 14 logits. What we add for the few nodules there are, each a number of the preset: CT nodules of known
-place superimposed on normal films, and the closed-form map held to the places that are known. The same command resumes.
+DenseNet-121 with 14 logits. What we add for the few nodules there are, each a number of the preset: more films labelled
+Nodule in a batch, CT nodules of known place superimposed on normal films, and the closed-form map held to the places
+that are known. What one of them brings: leave it out, as in `--set superimposed=0 --out runs/without`, and compare the
+report.json. The same command resumes.
 """
 
 import argparse
 import json
 import math
+import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.fabric import Fabric
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 from carim_aug.cam import activation_map, enlarged
-from carim_aug.data.chestxray14 import FINDINGS, ChestXray14
+from carim_aug.data.chestxray14 import FINDINGS
 from carim_aug.data.ct_nodules import CTNodules
+from carim_aug.data.errors import DataError
 from carim_aug.evaluation.patches import auc, auc_interval
 from carim_aug.evaluation.pointing import pointing_chance, pointing_hit
 from carim_aug.keys import fold
-from carim_aug.masks import boxes_to_masks
 from carim_aug.models.classifier import ChestClassifier
 from carim_aug.prior import LocationPrior
-from train.run import Run, git_commit
-
-NODULE = FINDINGS.index("Nodule")
-
-
-@dataclass(frozen=True)
-class ClassifierPreset:
-    """Numbers of one classifier's training.
-
-    Attributes:
-        size: side in pixels at which the network sees films.
-        images: films to show in all.
-        batch: films a step.
-        learning_rate: AdamW's largest, after a warm-up of a twentieth of the images, then a cosine to zero.
-        weight_decay: AdamW's.
-        nodules: share of a batch drawn from films labelled Nodule.
-        superimposed: share of a batch that is normal films with CT nodules.
-        map_weight: weight of the map's loss where the place of the nodule is known.
-        validate_images: validation every so many films; the network with the best nodule AUC on val is kept.
-        patience: validations without a better one after which training stops.
-    """
-
-    size: int = 224
-    images: int = 400_000
-    batch: int = 32
-    learning_rate: float = 5e-4
-    weight_decay: float = 1e-2
-    nodules: float = 0.125
-    superimposed: float = 0.25
-    map_weight: float = 1.0
-    validate_images: int = 8_000
-    patience: int = 10
+from train.devices import PRECISIONS, Part, agreed, in_first, launched
+from train.labelled import NODULE, LabelledFilms, draw_films, read_labelled, scaled
+from train.labelled import turned as turned
+from train.presets import CLASSIFIERS as PRESETS
+from train.presets import ClassifierPreset, changed
+from train.run import PATIENCE, Run, RunError, TrainingError, git_commit, write_whole
+from train.steps import Buffers, descend
 
 
-PRESETS: dict[str, ClassifierPreset] = {
-    "plain": ClassifierPreset(nodules=0.0, superimposed=0.0, map_weight=0.0),
-    "chexnet": ClassifierPreset(),
-    "chexnet128": ClassifierPreset(size=128, images=100_000, validate_images=4_000),
-    "tiny": ClassifierPreset(size=32, images=96, batch=8, validate_images=48),
-}
+class Mapped(nn.Module):
+    """A classifier's logits and its closed-form nodule map in one forward pass."""
 
+    def __init__(self, classifier: ChestClassifier) -> None:
+        """Wraps the classifier."""
+        super().__init__()
+        self.classifier = classifier
 
-@dataclass
-class LabelledFilms:
-    """Decoded films of a split.
-
-    Attributes:
-        images: (N, 1, S, S) uint8.
-        labels: (N, 14) float32.
-        boxes: N tensors (k, 4) of nodule boxes, XYXY in [0, 1]; empty where none is known.
-        patients: (N,) int64.
-    """
-
-    images: Tensor
-    labels: Tensor
-    boxes: list[Tensor]
-    patients: Tensor
-
-
-def read_labelled(root: str | Path, split: str, size: int) -> LabelledFilms:
-    """Reads all films of a split, reduced to `size` (antialiased)."""
-    extra = Path(root) / "ChestX-Det_boxes.csv"
-    data = ChestXray14(root, split=split, extra_boxes=extra if extra.exists() else None)
-    if not len(data):
-        raise ValueError(f"{root}: the {split} split holds no film")
-    images = [
-        VF.resize(torch.as_tensor(data[i][0]), [size, size], antialias=True)
-        for i in tqdm(range(len(data)), desc=f"films of {split}", unit="image")
-    ]
-    labels, patients = torch.from_numpy(data.labels), torch.from_numpy(data.patients)
-    return LabelledFilms(torch.stack(images), labels, [data.boxes_relative(i) for i in range(len(data))], patients)
-
-
-def scaled(films: Tensor) -> Tensor:
-    """Gives uint8 films as float32 in [-1, 1]."""
-    return films.float() / 127.5 - 1
-
-
-def turned(images: Tensor, masks: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Gives films and masks shifted, zoomed and rotated alike (5 %, 10 %, 7 degrees); contrast changes."""
-    n = len(images)
-    u = (torch.rand(6, n, generator=stream) * 2 - 1).to(images.device)
-    angle, zoom = u[0] * math.radians(7), 1 + 0.1 * u[1]
-    theta = torch.stack(
-        [
-            torch.stack([angle.cos() * zoom, -angle.sin() * zoom, 0.1 * u[2]], dim=1),
-            torch.stack([angle.sin() * zoom, angle.cos() * zoom, 0.1 * u[3]], dim=1),
-        ],
-        dim=1,
-    )
-    grid = F.affine_grid(theta, [n, 1, *images.shape[-2:]], align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    masks = F.grid_sample(masks, grid, align_corners=False)
-    contrast, level = (1 + 0.2 * u[4])[:, None, None, None], (0.1 * u[5])[:, None, None, None]
-    return (images * contrast + level).clamp(-1, 1), masks
-
-
-def draw_films(
-    films: LabelledFilms,
-    prior: LocationPrior,
-    ct: CTNodules | None,
-    preset: ClassifierPreset,
-    *,
-    seed: int,
-    images_seen: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gives the batch that comes after `images_seen` films, a pure function of its arguments.
-
-    Returns:
-        images (B, 1, S, S) in [-1, 1]; labels (B, 14); masks (B, 1, S, S) of known nodules; known (B,) bool: whether
-        the mask says all about nodules, as it does in normal films (empty), boxed films and superimposed ones.
-    """
-    stream = torch.Generator().manual_seed(fold(seed, images_seen, 4))
-    device = films.images.device
-    size, batch = films.images.shape[-1], preset.batch
-    nodule, normal = films.labels[:, NODULE] > 0, ~films.labels.any(dim=1)
-    n_ct = round(batch * preset.superimposed) if ct is not None else 0
-    n_nodule = round(batch * preset.nodules)
-
-    def pick(rows: Tensor, n: int) -> Tensor:
-        return rows[torch.randint(len(rows), (n,), generator=stream).to(rows.device)]
-
-    everything = torch.arange(len(films.images), device=device)
-    rows = torch.cat(
-        [
-            pick(everything, batch - n_ct - n_nodule),
-            pick(everything[nodule], n_nodule),
-            pick(everything[normal], n_ct),
-        ]
-    )
-    images, labels = scaled(films.images[rows]), films.labels[rows].clone()
-    boxes = [films.boxes[i].to(device) * size for i in rows.tolist()]
-    known = normal[rows] | torch.tensor([len(b) > 0 for b in boxes], device=device)
-    if ct is not None and n_ct:
-        asked = prior.sample(n_ct, generator=stream, image_size=size).boxes
-        first = torch.stack([grown(b[0], size) for b in asked]).to(device)
-        shown, _ = ct.superimpose(images[-n_ct:], first, generator=stream)
-        images = torch.cat([images[:-n_ct], shown])
-        labels[-n_ct:, NODULE] = 1
-        boxes[-n_ct:] = list(first[:, None])
-    images, masks = turned(images, boxes_to_masks(boxes, size).to(device), stream)
-    return images, labels, masks, known
-
-
-def grown(box: Tensor, size: int, pixels: float = 2.0) -> Tensor:
-    """Gives a box (4,) of at least so many pixels each way, inside the film."""
-    half = ((box[2:] - box[:2]) / 2).clamp(min=pixels / 2)
-    centre = ((box[:2] + box[2:]) / 2).clamp(min=pixels / 2, max=size - pixels / 2)
-    centre = torch.minimum(torch.maximum(centre, half), size - half)
-    return torch.cat([centre - half, centre + half])
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Gives logits (B, 14) and maps (B, 1, h, w), float32, of images (B, 1, S, S) in [-1, 1]."""
+        net = self.classifier
+        features = net.activation(net.features(net.prepared(images)))
+        with torch.autocast(images.device.type, enabled=False):
+            features = features.float()
+            weight = net.head.weight[NODULE] / features[0, 0].numel()
+            return net.head(features.mean(dim=(2, 3))), torch.einsum("k,bkhw->bhw", weight, features)[:, None]
 
 
 def map_loss(maps: Tensor, bias: Tensor, masks: Tensor, known: Tensor) -> Tensor:
@@ -198,26 +76,23 @@ def map_loss(maps: Tensor, bias: Tensor, masks: Tensor, known: Tensor) -> Tensor
 
 
 def train_step(
-    classifier: ChestClassifier,
-    optimizer: torch.optim.Optimizer,
+    fabric: Fabric,
+    mapped: Any,
+    optimizer: Any,
     batch: tuple[Tensor, Tensor, Tensor, Tensor],
     preset: ClassifierPreset,
-) -> dict[str, float]:
-    """Does one update; gives the losses."""
-    images, labels, masks, known = batch
-    with torch.autocast(images.device.type, torch.bfloat16):
-        features = classifier.activation(classifier.features(classifier.prepared(images)))
-    features = features.float()
-    logits = classifier.head(features.mean(dim=(2, 3)))
+) -> tuple[dict[str, Tensor], bool]:
+    """Does one update; gives the losses, and False if it was not finite and nothing has changed."""
+    part, before = Part(fabric.global_rank, fabric.world_size), Buffers([mapped])
+    images, labels, masks, known = (part.of(x) for x in batch)
+    logits, maps = mapped(images)
     losses = {"labels": F.binary_cross_entropy_with_logits(logits, labels)}
     if preset.map_weight > 0:
-        weight = classifier.head.weight[NODULE] / features[0, 0].numel()
-        maps = torch.einsum("k,bkhw->bhw", weight, features)[:, None]
-        losses["map"] = preset.map_weight * map_loss(maps, classifier.head.bias[NODULE], masks, known)
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values(), torch.zeros((), device=images.device)).backward()
-    optimizer.step()
-    return {k: float(v.detach()) for k, v in losses.items()}
+        losses["map"] = preset.map_weight * map_loss(maps, mapped.classifier.head.bias[NODULE], masks, known)
+    done = descend(fabric, optimizer, losses, part)
+    if not done:
+        before.restore()
+    return {k: v.detach() for k, v in losses.items()}, done
 
 
 @torch.no_grad()
@@ -264,8 +139,12 @@ def train_classifier(
     seed: int = 0,
     minutes: float = math.inf,
     device: str = "cpu",
+    devices: int = 1,
+    nodes: int = 1,
+    precision: str = "bf16-mixed",
     prior: LocationPrior | None = None,
     test: bool = False,
+    any_size: bool = False,
 ) -> Path:
     """Trains a classifier, or goes on with it, and keeps the best on val; gives its file.
 
@@ -277,74 +156,145 @@ def train_classifier(
         seed: of everything random.
         minutes: stop after so long (the same command goes on later).
         device: "cpu" or "cuda".
+        devices: on each node, each with its part of every batch.
+        nodes: machines.
+        precision: of `train.devices.PRECISIONS`.
         prior: of superimposed nodules; the bundled one by default.
         test: also report on the test split: for final figures.
-    """
-    where, prior = torch.device(device), prior or LocationPrior.bundled()
-    recipe = {"preset": asdict(replace(preset, images=0)), "seed": seed, "ct_nodules": ct_nodules is not None}
-    run = Run(out, recipe)
-    ct = CTNodules(ct_nodules) if ct_nodules is not None else None
-    films, val = (read_labelled(data, split, preset.size) for split in ("train", "val"))
-    nodule, normal = films.labels[:, NODULE] > 0, ~films.labels.any(dim=1)
-    for split, labels in (("train", films.labels), ("val", val.labels)):
-        if not bool((labels[:, NODULE] > 0).any()) or bool((labels[:, NODULE] > 0).all()):
-            raise ValueError(f"{data}: the {split} split needs films with and without a nodule")
-    if len(films.images) < preset.batch or (ct is not None and not bool(normal.any())):
-        raise ValueError(f"{data}: the train split needs at least {preset.batch} films, some normal, got {len(nodule)}")
-    films.images = films.images.to(where)
-    films.labels = films.labels.to(where)
+        any_size: take films of several sizes, each squeezed to a square.
 
+    Raises:
+        RunError: something does not fit; nothing was trained.
+        TrainingError: losses are not finite, nothing can be saved, or the time was too short for one validation.
+    """
+    prior = prior or LocationPrior.bundled()
+    if preset.batch % (devices * nodes):
+        raise RunError(f"preset.batch must be a multiple of the {devices * nodes} processes, got {preset.batch}")
+    fabric = launched(device, devices=devices, nodes=nodes, precision=precision)
+    where = fabric.device
+    recipe = {"preset": asdict(replace(preset, images=0)), "seed": seed, "ct_nodules": ct_nodules is not None}
+    recipe |= {"precision": precision} if precision != "bf16-mixed" else {}
+    run = in_first(fabric, lambda: Run(out, recipe, begin=False))
+    ct = CTNodules(ct_nodules) if ct_nodules is not None else None
+    unreadable: list[str] = []
+    options: dict[str, Any] = {"any_size": any_size, "unreadable": unreadable}
+    films, val = (read_labelled(data, split, preset.size, **options) for split in ("train", "val"))
+    check_films(films, val, ct, preset, data)
+    films.images, films.labels = films.images.to(where), films.labels.to(where)
+
+    # Network, optimizer, where the last run stopped.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, 5))
         classifier = ChestClassifier(FINDINGS, size=preset.size)
     classifier = classifier.to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(classifier.parameters(), preset.learning_rate, weight_decay=preset.weight_decay)
-    seen, best, waited = 0, 0.0, 0
-    if (state := run.load()) is not None:
+    mapped = fabric.setup_module(Mapped(classifier))
+    optimizer = fabric.setup_optimizers(
+        torch.optim.AdamW(classifier.parameters(), preset.learning_rate, weight_decay=preset.weight_decay)
+    )
+    seen, best, waited, row = 0, 0.0, 0, 0
+    state = agreed(fabric, in_first(fabric, lambda: run.load() if run else None))
+    if state is not None:
         seen, best, waited = state["images_seen"], state["best"], state["waited"]
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
+    if run is not None:
+        run.begin()
+        run.rewind(seen)
+        run.event("started", images=seen, processes=fabric.world_size, device=str(where))
+        for what in unreadable:
+            run.event("film left out", error=what)
 
     # Show films; validate; keep the best.
-    file, started, first = run.folder / "classifier.safetensors", time.monotonic(), seen
-    with tqdm(total=preset.images, initial=seen, unit="image", desc="classifier") as bar:
-        while seen < preset.images and waited < preset.patience and time.monotonic() - started < 60 * minutes:
+    file, started, first = Path(out) / "classifier.safetensors", time.monotonic(), seen
+    unsaved: OSError | None = None
+    bar = tqdm(total=preset.images, initial=seen, unit="image", desc="classifier", disable=not fabric.is_global_zero)
+    with bar:
+        while seen < preset.images and waited < preset.patience:
+            if agreed(fabric, time.monotonic() - started >= 60 * minutes):
+                break
             part = seen / preset.images
             rate = preset.learning_rate * min(part * 20 + 1e-3, 0.5 + 0.5 * math.cos(math.pi * part))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             classifier.train()
             batch = draw_films(films, prior, ct, preset, seed=seed, images_seen=seen)
-            losses = train_step(classifier, optimizer, batch, preset)
-            if not all(map(math.isfinite, losses.values())):
-                raise FloatingPointError(f"a loss is not finite after {seen} images: {losses}")
+            losses, done = train_step(fabric, mapped, optimizer, batch, preset)
+            row = 0 if done else row + 1
+            if not done and run is not None:
+                run.event("update skipped", images=seen, losses={k: str(float(v)) for k, v in losses.items()})
+            if row >= PATIENCE:
+                raise TrainingError(f"losses not finite in {row} updates in a row, after {seen} images: {losses}")
             seen += preset.batch
             bar.update(preset.batch)
             if seen % preset.validate_images < preset.batch:
-                logits = predicted(classifier, val)[:, NODULE]
-                has = val.labels[:, NODULE] > 0
-                value, waited = float(auc(logits[has], logits[~has])), waited + 1
-                if value > best:
+                value, waited = validated(classifier, val), waited + 1
+                value = agreed(fabric, value)
+                better = value > best
+                if better:
                     best, waited = value, 0
-                    classifier.save(file, recipe=recipe, images_seen=seen, git_commit=git_commit(), val_auc=value)
+                if run is None:
+                    continue
+                told = {k: float(f"{float(v):.4g}") for k, v in losses.items()}
                 speed = (seen - first) / (time.monotonic() - started)
-                run.log(images=seen, images_per_s=round(speed, 2), val_auc=round(value, 4), **losses)
+                run.log(images=seen, images_per_s=round(speed, 2), val_auc=round(value, 4), **told)
                 state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-                run.save({**state, "images_seen": seen, "best": best, "waited": waited}, seen)
+                try:
+                    if better:
+                        aside = file.with_name(file.name + ".partial")
+                        facts = {"recipe": recipe, "images_seen": seen, "git_commit": git_commit(), "val_auc": value}
+                        classifier.save(aside, **facts)
+                        os.replace(aside, file)
+                    run.save({**state, "images_seen": seen, "best": best, "waited": waited}, seen)
+                    unsaved = None
+                except OSError as error:  # a full disk, say: the training goes on, and the next time is another try
+                    unsaved = error
+                    run.event("nothing saved", images=seen, error=str(error))
+    fabric.barrier()
+    if unsaved is not None:
+        raise TrainingError(
+            f"after {seen} images nothing could be saved in {out} ({unsaved}); the last checkpoint is intact: make "
+            "room and give the same command again"
+        )
+    if run is None:
+        return file
+    run.close()
     if not file.exists():
-        raise ValueError(f"stopped after {seen} images, before the first validation at {preset.validate_images}")
+        raise TrainingError(f"stopped after {seen} images, before the first validation at {preset.validate_images}")
     trained = ChestClassifier.load(file).to(where)
     figures = {"val": report(trained, val, prior)}
     if test:
-        figures["test"] = report(trained, read_labelled(data, "test", preset.size), prior)
-    (run.folder / "report.json").write_text(json.dumps(figures, indent=2))
+        figures["test"] = report(trained, read_labelled(data, "test", preset.size, any_size=any_size), prior)
+    write_whole(run.folder / "report.json", json.dumps(figures, indent=2).encode())
     return file
+
+
+def validated(classifier: ChestClassifier, val: LabelledFilms) -> float:
+    """Gives the nodule AUC on val."""
+    logits, has = predicted(classifier, val)[:, NODULE], val.labels[:, NODULE] > 0
+    return float(auc(logits[has], logits[~has]))
+
+
+def check_films(
+    films: LabelledFilms, val: LabelledFilms, ct: CTNodules | None, preset: ClassifierPreset, where: str | Path
+) -> None:
+    """Nothing, or RunError: a split without one of the classes, fewer films than a batch, nothing to superimpose on."""
+    for split, labels in (("train", films.labels), ("val", val.labels)):
+        nodule = labels[:, NODULE] > 0
+        if not bool(nodule.any()) or bool(nodule.all()):
+            raise RunError(f"{where}: the {split} split needs films with and without a nodule")
+    normal = ~films.labels.any(dim=1)
+    if len(normal) < preset.batch or (ct is not None and preset.superimposed > 0 and not bool(normal.any())):
+        raise RunError(
+            f"{where}: the train split needs at least {preset.batch} films, some normal, got {len(normal)}, "
+            f"{int(normal.sum())} normal"
+        )
 
 
 def main() -> None:
     """Runs the recipe from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="chexnet")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="numbers other than the preset's")
     parser.add_argument("--data", required=True, help="a folder in ChestX-ray14's layout, with split.csv")
     parser.add_argument("--ct-nodules", help="templates.npz of CT nodules in projection")
     parser.add_argument("--out", required=True, help="the run's folder; the same folder resumes")
@@ -352,13 +302,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="report on the test split too: for final figures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    preset = PRESETS[args.preset]
-    if args.images is not None:
-        preset = replace(preset, images=args.images)
-    options = {k: getattr(args, k) for k in ("data", "ct_nodules", "out", "seed", "minutes", "test", "device")}
-    file = train_classifier(preset, **options)
+    parser.add_argument("--any-size", action="store_true", help="take films of several sizes, each made a square")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--devices", type=int, default=1, help="GPUs (or CPU processes) on each machine")
+    parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument("--precision", default="bf16-mixed", choices=PRECISIONS)
+    options = vars(parser.parse_args())
+    name, settings, images = (options.pop(k) for k in ("preset", "set", "images"))
+    try:
+        preset = changed(PRESETS[name], settings)
+        file = train_classifier(preset if images is None else replace(preset, images=images), **options)
+    except (RunError, TrainingError, DataError) as error:
+        raise SystemExit(f"error: {error}") from error
     print(f"classifier: {file}")
     print((file.parent / "report.json").read_text())
 

@@ -34,13 +34,10 @@ from train.films import Batch, Films, draw_batch, read_films
 from train.influence import Influence
 from train.networks import Networks
 from train.presets import DEFAULTS, PRESETS, GANPreset, changed
-from train.run import Run, RunError, TrainingError
+from train.run import PATIENCE, Run, RunError, TrainingError
 from train.snapshots import Snapshots
 from train.start import check_films, check_preset, first_stage, named_preset, restore, trained_generator
 from train.steps import Asked, Wrapped, train_step
-
-PATIENCE = 10
-"""Updates in a row that may be skipped for not being finite."""
 
 
 def train_gan(

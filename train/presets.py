@@ -160,14 +160,6 @@ class ClassifierPreset:
     patience: int = 10
 
 
-PRESETS: dict[str, ClassifierPreset] = {
-    "plain": ClassifierPreset(nodules=0.0, superimposed=0.0, map_weight=0.0),
-    "chexnet": ClassifierPreset(),
-    "chexnet128": ClassifierPreset(size=128, images=100_000, validate_images=4_000),
-    "tiny": ClassifierPreset(size=32, images=96, batch=8, validate_images=48),
-}
-
-
 CLASSIFIERS: dict[str, ClassifierPreset] = {
     "plain": ClassifierPreset(nodules=0.0, superimposed=0.0, map_weight=0.0),
     "chexnet": ClassifierPreset(),

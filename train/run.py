@@ -25,6 +25,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+PATIENCE = 10
+"""Updates in a row that may be skipped for not being finite."""
+
 
 class RunError(ValueError):
     """A training that cannot start: folder, data, preset or weights that do not fit; the message says which."""

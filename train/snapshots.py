@@ -115,6 +115,6 @@ class Snapshots:
     def _export(self, generator: NoduleGenerator, images: int) -> Path:
         recipe = {**self.run.recipe, "images_seen": images, "stage": 2 if "stage_2_from" in self.run.recipe else 1}
         with self.run.folder_whole("export") as folder:
-            generator.save_pretrained(folder, training_data=self.data, recipe=recipe, git_commit=git_commit())
-            self.prior.save(folder / "prior.safetensors")
+            facts = {"training_data": self.data, "recipe": recipe, "git_commit": git_commit()}
+            generator.save_pretrained(folder, prior=self.prior, **facts)
         return self.run.folder / "export"
