@@ -1,7 +1,7 @@
-"""The lung field: where in a chest X-ray lung can be, a 64 x 64 map in image coordinates (support of METHOD 5's prior).
+"""Lungs in chest X-rays, as 64 x 64 maps in image coordinates: of many films (support of METHOD 5's prior), or of one.
 
-No segmentation is needed: in one image the lungs are the dark basins that brighter tissue encloses, whereas the dark
-air around the body reaches the image's edge. Over many images, the field is where lung lies often enough.
+No trained segmentation is needed: in one image the lungs are the dark basins that brighter tissue encloses, whereas the
+dark air around the body reaches the image's edge. Over many images, the field is where lung lies often enough.
 Image left is the patient's right; nothing is mirrored.
 """
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FIELD_SIZE = 64
+_LEVELS, _REACH = 10, 2  # of the flood in `lung_masks`: grey levels, and cells it spreads at each
+_GAS = 0.6  # a basin that lies wholly below this part of the height is gas in the bowel
 
 
 def lung_field(images: Tensor, *, share: float = 0.1, depth: float = 0.1) -> Tensor:
@@ -51,13 +53,85 @@ def lung_frequency(images: Tensor, *, depth: float = 0.1) -> Tensor:
     Raises:
         ValueError: wrong shape.
     """
+    small = _small(images)
+    return (_filled(small) - small > depth).float().mean((0, 1)).cpu()
+
+
+def lung_masks(images: Tensor, field: Tensor | None = None, *, depth: float = 0.1) -> Tensor:
+    """Each film's own lungs, (B, 64, 64) bool on the images' device; nothing where none is found (a white lung).
+
+    Seeds are the dark basins that lie mostly in the field. From them and from outside the field two floods rise
+    together through the grey levels, up to halfway between lung and the tissue around it; where they meet is the
+    lung's border, so that a lung which is open to the neck or the armpit does not leak. Then holes are filled.
+
+    Args:
+        images: (B, 1, H, W) float or uint8 frontal chest X-rays, air dark, any value range.
+        field: (64, 64) bool, where lung can be, as `LocationPrior.field`; None: anywhere but at the image's edge.
+        depth: see `lung_frequency`.
+
+    Raises:
+        ValueError: wrong shape of images or field.
+    """
+    small = _small(images)
+    inside = torch.zeros(FIELD_SIZE, FIELD_SIZE, dtype=torch.bool, device=small.device)
+    inside[1:-1, 1:-1] = True
+    if field is not None:
+        if field.shape != inside.shape or field.dtype != torch.bool:
+            raise ValueError(f"field must be (64, 64) bool, got {tuple(field.shape)} {field.dtype}")
+        inside &= field.to(small.device)
+    near = _grown(inside[None, None])
+    seeds = _basins((_filled(small) - small > depth) & near, inside)
+
+    # Halfway between the seeds and what is brighter around them.
+    lung = _mean(small, seeds)
+    tissue = _mean(small, near & ~_grown(seeds, 2) & (small > lung))
+    darkest, top = small.amin((2, 3), keepdim=True), (lung + tissue) / 2
+    lungs, outside = seeds, ~near & ~seeds
+    for level in range(1, _LEVELS + 1):
+        open_ = small < darkest + (top - darkest) * level / _LEVELS
+        for _ in range(_REACH):
+            lungs = lungs | (_grown(lungs) & open_ & ~outside)
+            outside = outside | (_grown(outside) & open_ & ~lungs)
+
+    # A basin's rim, thin bridges and specks go; clefts and holes close.
+    lungs = lungs & (small < top)
+    opened = lungs & _grown(~_grown(~lungs))
+    closed = ~_grown(~_grown(opened, 2), 2)
+    return ((_filled(closed.float()) > 0.5) & ~outside)[:, 0]
+
+
+def _basins(dark: Tensor, field: Tensor) -> Tensor:
+    """The connected parts of dark (B, 1, 64, 64) that can be a lung, judged one by one.
+
+    Most of a part must lie in the field, some of it not too low, and it must not be small beside the largest.
+    """
+    places = torch.arange(1.0, FIELD_SIZE**2 + 1, device=dark.device).view(1, 1, FIELD_SIZE, FIELD_SIZE)
+    names = _spread(places * dark, torch.where(dark, torch.inf, 0.0))
+    flat = names.flatten(1).long()
+
+    def cells(of: Tensor) -> Tensor:
+        counts = torch.zeros(len(dark), FIELD_SIZE**2 + 1, device=dark.device)
+        return counts.scatter_add_(1, flat, of.expand_as(names).flatten(1).float())
+
+    low = torch.arange(FIELD_SIZE, device=dark.device)[:, None] >= _GAS * FIELD_SIZE
+    size, in_field, too_low = cells(dark), cells(dark & field), cells(dark & low)
+    kept = (in_field >= 8) & (in_field >= 0.6 * size) & (in_field >= 0.25 * in_field.amax(1, keepdim=True))
+    return (kept & (too_low < size)).gather(1, flat).view_as(dark)
+
+
+def _mean(maps: Tensor, part: Tensor) -> Tensor:
+    """Each map's mean over a part of it, (B, 1, 1, 1); 0 where that is empty."""
+    return (maps * part).sum((2, 3), keepdim=True) / part.sum((2, 3), keepdim=True).clamp(min=1)
+
+
+def _small(images: Tensor) -> Tensor:
+    """Images at 64 x 64, mean 0 and standard deviation 1 each, smoothed over 3 x 3 cells."""
     if images.ndim != 4 or images.shape[1] != 1 or 0 in images.shape:
         raise ValueError(f"images must be (B, 1, H, W), got {tuple(images.shape)}")
     small = torch.cat([F.interpolate(part.float(), (FIELD_SIZE, FIELD_SIZE), mode="area") for part in images.split(64)])
     small = small - small.mean((1, 2, 3), keepdim=True)
     small = small / small.std((1, 2, 3), keepdim=True).clamp(min=1e-6)
-    small = F.avg_pool2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return (_filled(small) - small > depth).float().mean((0, 1)).cpu()
+    return F.avg_pool2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
 def grow_field(field: Tensor, centres: np.ndarray, weights: np.ndarray, *, coverage: float = 0.975) -> Tensor:
@@ -97,12 +171,33 @@ def _filled(images: Tensor) -> Tensor:
     level = images.amax((2, 3), keepdim=True).expand_as(images).clone()
     for edge in (level[..., 0, :], level[..., -1, :], level[..., :, 0], level[..., :, -1]):
         edge.fill_(-torch.inf)
-    level = torch.maximum(level, images)
+    return -_spread(-torch.maximum(level, images), -images)
+
+
+def _spread(level: Tensor, ceiling: Tensor) -> Tensor:
+    """Each cell's largest level that reaches it over its neighbours under a ceiling (reconstruction by dilation)."""
     while True:
-        lower = torch.maximum(images, -F.max_pool2d(-level, 3, 1, 1))
-        if torch.equal(lower, level):
+        before = level
+        for _ in range(8):  # comparing costs as much as a step
+            level = torch.minimum(ceiling, _largest(level))
+        if torch.equal(level, before):
             return level
-        level = lower
+
+
+def _grown(mask: Tensor, cells: int = 1) -> Tensor:
+    """A mask (B, 1, 64, 64) and its neighbours, so many times; beyond the edge there is nothing."""
+    grown = mask.float()
+    for _ in range(cells):
+        grown = _largest(grown)
+    return grown > 0.5
+
+
+def _largest(maps: Tensor) -> Tensor:
+    """The largest value in each 3 x 3 neighbourhood, as max_pool2d gives it, ten times as fast on a CPU."""
+    rows = F.pad(maps, (0, 0, 1, 1), value=-torch.inf)
+    rows = torch.maximum(torch.maximum(rows[..., :-2, :], rows[..., 1:-1, :]), rows[..., 2:, :])
+    columns = F.pad(rows, (1, 1, 0, 0), value=-torch.inf)
+    return torch.maximum(torch.maximum(columns[..., :-2], columns[..., 1:-1]), columns[..., 2:])
 
 
 def _ndimage():  # type: ignore[no-untyped-def]
