@@ -115,7 +115,7 @@ def test_pairs_of_a_generator_that_does_what_it_is_told():
     preset = FigurePreset(pairs=12, moved=12, batch=5)
     pairs = matched_pairs(generator("tiny"), LocationPrior.bundled(), preset)
 
-    def render(noise, boxes):
+    def render(noise, boxes, shape="box"):
         x, y = (torch.arange(32) + 0.5)[None, None], (torch.arange(32) + 0.5)[None, :, None]
         cx, cy = ((boxes[:, i] + boxes[:, i + 2]) / 2 for i in (0, 1))
         return 0.3 * torch.exp(-((x - cx[:, None, None]) ** 2 + (y - cy[:, None, None]) ** 2))[:, None]

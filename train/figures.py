@@ -27,7 +27,7 @@ from carim_aug.evaluation.pairs import (
 )
 from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold
-from carim_aug.masks import boxes_to_masks, feather
+from carim_aug.masks import MaskShape, boxes_to_masks, feather
 from carim_aug.models.classifier import ChestClassifier
 from carim_aug.prior import LocationPrior
 from train.classifier import LabelledFilms, scaled
@@ -67,14 +67,14 @@ class Pairs:
         boxes: (n, 4) XYXY in pixels.
         without: (n, 1, S, S), [-1, 1].
         nodule: (n, 1, S, S).
-        render: (noise, boxes) to images; None for no box.
+        render: (noise, boxes, shape of the mask) to images; None for no box.
     """
 
     noise: Tensor
     boxes: Tensor
     without: Tensor
     nodule: Tensor
-    render: Callable[[Tensor, Tensor | None], Tensor]
+    render: Callable[..., Tensor]
 
     @property
     def differences(self) -> Tensor:
@@ -87,10 +87,10 @@ def matched_pairs(generator: NoduleGenerator, prior: LocationPrior, preset: Figu
     fast, size = compile_generator(generator), generator.image_size
     where = next(generator.parameters()).device
 
-    def render(noise: Tensor, boxes: Tensor | None) -> Tensor:
+    def render(noise: Tensor, boxes: Tensor | None, shape: MaskShape = "box") -> Tensor:
         masks = torch.zeros(len(noise), 1, size, size)
         if boxes is not None:
-            masks = boxes_to_masks(list(boxes[:, None]), size)
+            masks = boxes_to_masks(list(boxes[:, None]), size, shape=shape)
         parts = zip(noise.split(preset.batch), masks.split(preset.batch), strict=True)
         with torch.inference_mode():
             return torch.cat([fast(z.to(where), m.to(where)).cpu() for z, m in parts])
@@ -195,11 +195,12 @@ def random_places(boxes: Tensor, size: int, stream: torch.Generator) -> Tensor:
 
 
 def pair_figures(pairs: Pairs, preset: FigurePreset) -> dict[str, Any]:
-    """Gives what a mask changes: at the prior's places, at random ones, and when it moves."""
+    """Gives what a mask changes: at the prior's places, as an ellipse, at random places, and when it moves."""
     size, n = pairs.without.shape[-1], min(preset.moved, len(pairs.boxes))
     stream = torch.Generator().manual_seed(fold(0, 23))
     anywhere = random_places(pairs.boxes[:n], size, stream)
     elsewhere = pairs.render(pairs.noise[:n], anywhere) - pairs.without[:n]
+    rounded = pairs.render(pairs.noise[:n], pairs.boxes[:n], "ellipse") - pairs.without[:n]
 
     # Whole pixels, up to a quarter of the image, never out of it.
     step = size // 4
@@ -209,6 +210,7 @@ def pair_figures(pairs: Pairs, preset: FigurePreset) -> dict[str, Any]:
     moved = pairs.render(pairs.noise[:n], pairs.boxes[:n] + shifts.repeat(1, 2)) - pairs.without[:n]
     return {
         "prior": one_mask(pairs.differences, pairs.boxes),
+        "ellipse": one_mask(rounded, pairs.boxes[:n]),
         "random": one_mask(elsewhere, anywhere),
         "equivariance": spread(equivariance(pairs.differences[:n], moved, shifts)),
         "shift": float(shifts.float().norm(dim=1).median()),

@@ -44,7 +44,19 @@ CLASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda labels: ~labels.any(dim=1),
     "nodule": lambda labels: labels[:, NODULE] > 0,
 }
-CODE = ("figures.py", "patches.py", "sources.py", "encoders.py", "throughput.py", "../carim_aug/evaluation/*.py")
+CODE: dict[str, tuple[str, ...]] = {
+    "figures": ("figures.py", "encoders.py", "sources.py", "../carim_aug/evaluation/*.py", "../carim_aug/compiled.py"),
+    "patches": ("patches.py", "sources.py", "../carim_aug/evaluation/patches.py", "../carim_aug/compiled.py"),
+    "speed": (
+        "throughput.py",
+        "presets.py",
+        "influence.py",
+        "adversarial.py",
+        "networks.py",
+        "../carim_aug/models/*.py",
+    ),
+}
+"""What a kind of figure is computed by: files whose change makes it anew."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +103,22 @@ class Kept:
         self.folder, self.settings, self.computed = folder, settings, 0
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, name: str, suffix: str, **settings: Any) -> Path:
-        """Gives the file of a figure with further settings (plain JSON types)."""
-        text = json.dumps([name, self.settings, settings], sort_keys=True)
+    def path(self, name: str, suffix: str, code: str, **settings: Any) -> Path:
+        """Gives the file of a figure of a kind of `CODE` with further settings (plain JSON types)."""
+        files = [path for pattern in CODE[code] for path in sorted(Path(__file__).parent.glob(pattern))]
+        text = json.dumps([name, self.settings, _digest(files), settings], sort_keys=True)
         return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}"
 
-    def figure(self, name: str, compute: Callable[[], Any], **settings: Any) -> Any:
+    def figure(self, name: str, compute: Callable[[], Any], *, code: str = "figures", **settings: Any) -> Any:
         """Gives a figure, computed if it is not there."""
-        path = self.path(name, ".json", **settings)
+        path = self.path(name, ".json", code, **settings)
         if not path.exists():
             started = time.monotonic()
             value = {"figures": compute(), "settings": settings, "seconds": round(time.monotonic() - started, 1)}
             path.with_suffix(".partial").write_text(json.dumps(value, indent=1))
             path.with_suffix(".partial").replace(path)
             self.computed += 1
-            print(f"{name:28} {value['seconds']:7.1f} s", flush=True)
+            print(f"{name} {value['seconds']:.1f} s", flush=True)
         return json.loads(path.read_text())["figures"]
 
 
@@ -224,7 +237,7 @@ def of_patches(
         return held_out[0]
 
     def of_real_boxes() -> list[PatchNet]:
-        path = kept.path("nets", ".safetensors", preset=numbers)
+        path = kept.path("nets", ".safetensors", "patches", preset=numbers)
         if not nets and path.exists():
             arrays = read_sealed(path)[0]
             for seed in range(preset.patches.seeds):
@@ -252,7 +265,7 @@ def of_patches(
             taught = of_real_boxes() if source is None else learnt(real.train, places, source, preset.patches, name)
             return worth(taught, test())
 
-        rows[name] = kept.figure("worth", value, source=name.split(" of ")[0], preset=numbers, **key)
+        rows[name] = kept.figure("worth", value, code="patches", source=name.split(" of ")[0], preset=numbers, **key)
 
     # What the net that learnt real boxes finds.
     for name, folder in weights.items():
@@ -269,7 +282,7 @@ def of_patches(
             return {"n": len(patches), **share_of(hits(of_real_boxes(), patches, test().normal))}
 
         settings = {"source": name.split(" of ")[0], "preset": numbers, "hits": preset.hits, **key}
-        found[name] = kept.figure("hits", value, **settings)
+        found[name] = kept.figure("hits", value, code="patches", **settings)
     boxes = {"train": len(real.train.boxes), "held-out": len(real.held_out.boxes)}
     return {"worth": rows, "hits": found, "boxes": boxes, "places": 4 * len(real.held_out.normal)}
 
@@ -286,7 +299,9 @@ def of_speed(kept: Kept, preset: ReportPreset, options: argparse.Namespace) -> d
         return json.loads(done.stdout)
 
     settings = {"device": options.device, "classifier": bool(options.classifier), "times": preset.times}
-    return {name: kept.figure(f"speed-{name}", lambda n=name: run(n), **settings) for name in preset.speed}
+    return {
+        name: kept.figure(f"speed-{name}", lambda n=name: run(n), code="speed", **settings) for name in preset.speed
+    }
 
 
 def pictures(folder: str | None, figures: dict[str, Any], real: Real, preset: ReportPreset) -> dict[str, Any]:
@@ -334,10 +349,8 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     weights = {name_of(folder): folder or None for folder in options.weights}
     if len(weights) != len(options.weights):
         raise ValueError(f"--weights must be different folders, got {options.weights}")
-    here = Path(__file__).parent
-    code = _digest([path for pattern in CODE for path in sorted(here.glob(pattern))])
     tables = sorted(Path(options.data).glob("*.csv"))
-    kept = Kept(out / "kept", {"code": code, "data": _digest(tables), "test": sorted(options.test)})
+    kept = Kept(out / "kept", {"data": _digest(tables), "test": sorted(options.test)})
     real = Real(options.data, options.test)
 
     figures: dict[str, Any] = {"test": options.test, "git_commit": git_commit(), "preset": asdict(preset)}

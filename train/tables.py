@@ -13,6 +13,8 @@ from torchvision.transforms.v2 import functional as VF
 
 Row = list[str]
 
+PAIRS = {"prior": "boxes of the prior", "ellipse": "the same as ellipses", "random": "boxes anywhere in the image"}
+
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """Gives all tables of a report's figures, as `train.report` makes them."""
@@ -27,8 +29,10 @@ def markdown(figures: Mapping[str, Any]) -> str:
         *head,
         *_realism(weights, figures["encoders"]),
         *_repeats(weights),
-        *_pairs(weights),
-        *_contrasts(weights),
+        "## Pairs: what a mask changes",
+        pair_table(weights),
+        "## Contrast, inside against ring, beside real boxes (train and held-out)",
+        *contrast_tables(weights),
         *_maps(weights),
         *_patches(figures["patches"]),
         *_speed(figures["speed"]),
@@ -87,8 +91,9 @@ def _repeats(weights: Mapping[str, Any]) -> list[str]:
     return ["## Memorisation: nearest real films", table(header + "|held-out films' distance to train", rows)]
 
 
-def _pairs(weights: Mapping[str, Any]) -> list[str]:
-    columns = [(name, place) for name in weights for place in ("prior", "random")]
+def pair_table(weights: Mapping[str, Any]) -> str:
+    """Gives the table of `train.figures.pair_figures`, by names of weights."""
+    columns = [(name, place) for name in weights for place in PAIRS]
     cells = [weights[name]["pairs"][place] for name, place in columns]
     names = {
         "energy": "energy inside the mask + 1/4 (goal 0.9)",
@@ -105,14 +110,15 @@ def _pairs(weights: Mapping[str, Any]) -> list[str]:
         ("half_width", "width at half height over the box's side"),
     ):
         rows.append([text, *(quartiles(c[name]) for c in cells)])
-    moved = [quartiles(weights[name]["pairs"]["equivariance"]) if p == "prior" else "-" for name, p in columns]
+    moved = [quartiles(weights[name]["pairs"]["equivariance"]) if place == "prior" else "-" for name, place in columns]
     rows.append(["equivariance: correlation of the moved difference with the moved mask's", *moved])
-    header = "|".join(["same noise, mask against none", *(f"{name}, {place} places" for name, place in columns)])
-    return ["## Pairs: what a mask changes", table(header, rows)]
+    header = "|".join(["same noise, mask against none", *(f"{name}, {PAIRS[place]}" for name, place in columns)])
+    return table(header, rows)
 
 
-def _contrasts(weights: Mapping[str, Any]) -> list[str]:
-    parts = ["## Contrast, inside against ring, beside real boxes (train and held-out)"]
+def contrast_tables(weights: Mapping[str, Any]) -> list[str]:
+    """Gives the tables of `train.figures.contrasts`, two for each name of weights."""
+    parts = []
     for name, figures in weights.items():
         c = figures["contrasts"]
         real = list(c["real"])
