@@ -3,11 +3,13 @@
 A box is a point (centre x, centre y, log size, log aspect): x and y in fractions of the image's width and height, size
 = sqrt(w h) and aspect = w / h of the width and height in those fractions. The density of a point u is
 
-    p(u) = [ (1 - e) sum_i w_i N(u; m_i, H) + e U(x, y) N(log size) N(log aspect) ] 1[u in support] / mass
+    p(u) = [ (1 - e) k(u) + e U(x, y) N(log size) N(log aspect) ] 1[u in support] / mass
+    k(u) = sum_i w_i N(x, y; m_i, H) [ t N(s; m_i, H) + (1 - t) sum_j w_j N(s; m_j, H) ],  s = (log size, log aspect)
 
 with m_i the i-th fitting box, its log size and log aspect drawn towards the overall mean by a factor rho (West 1993),
-so that H's variance 1 - rho^2 leaves the overall variance as it is: rho = 0 is size independent of place, rho = 1 the
-plain kernel density. U is uniform over the lung field. The support: centre in the field, box in the image, size and
+so that H's variance 1 - rho^2 leaves the overall variance as it is: rho = 0 is a log-normal size, rho = 1 the plain
+kernel density. The tie t is the chance that a box has the size of a fitting box at its place, not of any: t = 0 is size
+independent of place. U is uniform over the lung field. The support: centre in the field, box in the image, size and
 aspect in bounds; `mass` is what the bracket integrates to over it.
 
 Reference: M. West, "Approximating posterior distributions by mixture", J. R. Stat. Soc. B 55 (1993).
@@ -24,10 +26,12 @@ Array = NDArray[np.float64]
 
 SHIFTS = (0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8)
 """Position bandwidths to choose from, in standard deviations of the centres."""
-RHOS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-"""Shrinkage factors to choose from."""
+RHOS = (0.0, 0.5, 0.7, 0.8)
+"""Shrinkage factors to choose from; higher ones follow the fitting boxes' sizes too closely (cross-validation)."""
 BROAD_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """Shares e of the broad component to choose from."""
+TIES = (0.0, 0.5, 1.0)
+"""Ties t of size and aspect to the place to choose from."""
 SMALLEST_STD = np.array([0.02, 0.02, 0.1, 0.1])
 """Floors under the spread of the fitting boxes, for those who have few or equal ones."""
 
@@ -66,6 +70,7 @@ class BoxDensity:
         broad: (5,) share e; mean and standard deviation of log size; the same of log aspect.
         support: where it is not 0.
         mass: of the untruncated density inside the support.
+        tie: t, in [0, 1].
     """
 
     kernels: Array
@@ -74,6 +79,7 @@ class BoxDensity:
     broad: Array
     support: Support
     mass: float
+    tie: float = 1.0
 
     def log_prob(self, points: Array) -> Array:
         """Natural log of the density at points (m, 4): (m,), -inf outside the support."""
@@ -87,11 +93,13 @@ class BoxDensity:
         return out
 
     def _untruncated(self, points: Array) -> Array:
-        exponent = -0.5 * sum(
-            _squares(points[:, d], self.kernels[:, d]) / self.bandwidths[d] ** 2 for d in range(points.shape[1])
+        place, size = (
+            np.exp(sum(_log_normal(points[:, d], self.kernels[:, d], self.bandwidths[d]) for d in pair))
+            for pair in ((0, 1), (2, 3))
         )
-        kernel_part = np.exp(exponent) @ self.weights / (self.bandwidths.prod() * (2 * math.pi) ** 2)
+        tied, loose = (place * size) @ self.weights, (place @ self.weights) * (size @ self.weights)
         share = self.broad[0]
+        kernel_part = self.tie * tied + (1 - self.tie) * loose
         return (1 - share) * kernel_part + share * _broad(points, self.broad, self.support)
 
 
@@ -110,36 +118,38 @@ def fit_density(
     *,
     rhos: Sequence[float] = RHOS,
     broad_shares: Sequence[float] = BROAD_SHARES,
+    ties: Sequence[float] = TIES,
 ) -> BoxDensity:
-    """The density of these boxes; bandwidths, shrinkage and broad share by leaving one group (patient) out at a time.
+    """The density of these boxes; its settings are chosen by leaving one group (patient) out at a time.
 
     Args:
         points: (n, 4), all in the support.
         weights: (n,) >= 0 with a positive sum.
         groups: (n,) which patient each box is of; with one patient only, Silverman's rule of thumb sets the bandwidths.
         support: of the density.
-        rhos: to choose from; (0.0,) makes size and aspect independent of place.
+        rhos: to choose from; (0.0,) makes size and aspect log-normal.
         broad_shares: to choose from; (0.0,) leaves the broad component out.
+        ties: to choose from; (0.0,) makes size and aspect independent of place.
     """
     weights = weights / weights.sum()
     mean = weights @ points
     std = np.maximum(np.sqrt(weights @ (points - mean) ** 2), SMALLEST_STD)
     if len(np.unique(groups)) > 1:
-        shift_x, shift_y, rho_size, rho_aspect, share = _choose(
-            points, weights, groups, support, mean, std, (SHIFTS, SHIFTS, rhos, rhos, broad_shares)
+        shift_x, shift_y, rho_size, rho_aspect, share, tie = _choose(
+            points, weights, groups, support, mean, std, (SHIFTS, SHIFTS, rhos, rhos, broad_shares, ties)
         )
     else:
         shift_x = shift_y = len(points) ** (-1 / 8)
         rho_size = rho_aspect = math.sqrt(1 - shift_x**2)
-        share = 0.1
+        share, tie = 0.1, 1.0
     rho = np.array([1.0, 1.0, rho_size, rho_aspect])
     kernels = mean + rho * (points - mean)
     bandwidths = std * np.array([shift_x, shift_y, _spread(rho_size), _spread(rho_aspect)])
     broad = np.array([share, mean[2], std[2], mean[3], std[3]])
     repeats = math.ceil(2**19 / len(points))
-    kernel_mass = weights @ _kernel_masses(kernels, bandwidths, support, repeats)
-    mass = (1 - share) * kernel_mass + share * _broad_mass(broad, support)
-    return BoxDensity(kernels, weights, bandwidths, broad, support, float(mass))
+    tied, loose = (weights @ m for m in _kernel_masses(kernels, weights, bandwidths, support, repeats))
+    mass = (1 - share) * (tie * tied + (1 - tie) * loose) + share * _broad_mass(broad, support)
+    return BoxDensity(kernels, weights, bandwidths, broad, support, float(mass), float(tie))
 
 
 def _choose(
@@ -160,18 +170,22 @@ def _choose(
 
     def log_kernel(d: int, value: float) -> Array:
         rho, width = (1.0, value * std[d]) if d < 2 else (value, _spread(value) * std[d])
-        centres = mean[d] + rho * (points[:, d] - mean[d])
-        return -0.5 * _squares(points[judged, d], centres) / width**2 - math.log(width * math.sqrt(2 * math.pi))
+        return _log_normal(points[judged, d], mean[d] + rho * (points[:, d] - mean[d]), width)
 
     def score(settings: list[float], log_kernels: list[Array]) -> float:
-        shift_x, shift_y, rho_size, rho_aspect, share = settings
+        shift_x, shift_y, rho_size, rho_aspect, share, tie = settings
         kernels = mean + np.array([1, 1, rho_size, rho_aspect]) * (points - mean)
         bandwidths = std * np.array([shift_x, shift_y, _spread(rho_size), _spread(rho_aspect)])
-        density = (np.exp(sum(log_kernels)) * others).sum(1) / total
-        kernel_mass = others @ _kernel_masses(kernels, bandwidths, support, 64) / total
-        bracket = (1 - share) * density + share * broad_density
+        place, size = np.exp(log_kernels[0] + log_kernels[1]), np.exp(log_kernels[2] + log_kernels[3])
+        tied, loose = (
+            (others * place * size).sum(1) / total,
+            (others * place).sum(1) * (others * size).sum(1) / total**2,
+        )
+        tied_mass, loose_mass = (others @ m / total for m in _kernel_masses(kernels, weights, bandwidths, support, 64))
+        bracket = (1 - share) * (tie * tied + (1 - tie) * loose) + share * broad_density
+        mass = (1 - share) * (tie * tied_mass + (1 - tie) * loose_mass) + share * broad_mass
         with np.errstate(divide="ignore"):
-            return float(weights[judged] @ np.log(bracket / ((1 - share) * kernel_mass + share * broad_mass)))
+            return float(weights[judged] @ np.log(bracket / mass))
 
     settings = [grid[len(grid) // 2] for grid in grids]
     log_kernels = [log_kernel(d, settings[d]) for d in range(4)]
@@ -196,8 +210,9 @@ def _spread(rho: float) -> float:
     return math.sqrt(1 - rho**2)
 
 
-def _squares(a: Array, b: Array) -> Array:
-    return (a[:, None] - b[None]) ** 2
+def _log_normal(points: Array, centres: Array, width: float) -> Array:
+    """Log density (m, n) of the points (m,) under each normal kernel (n,)."""
+    return -0.5 * ((points[:, None] - centres[None]) / width) ** 2 - math.log(width * math.sqrt(2 * math.pi))
 
 
 def _broad(points: Array, broad: Array, support: Support) -> Array:
@@ -208,11 +223,17 @@ def _broad(points: Array, broad: Array, support: Support) -> Array:
     return normal / support.field.mean()
 
 
-def _kernel_masses(kernels: Array, bandwidths: Array, support: Support, repeats: int) -> Array:
-    """The share of each kernel inside the support, (n,), from `repeats` fixed draws each."""
-    noise = np.random.default_rng(0).standard_normal((len(kernels), repeats, 4))
-    draws = kernels[:, None] + noise * bandwidths
-    return support.contains(draws.reshape(-1, 4)).reshape(len(kernels), repeats).mean(1)
+def _kernel_masses(
+    kernels: Array, weights: Array, bandwidths: Array, support: Support, repeats: int
+) -> tuple[Array, Array]:
+    """The share of each kernel inside the support from `repeats` fixed draws: (n,) with its own size, (n,) with any."""
+    rng, shape = np.random.default_rng(0), (len(kernels), repeats)
+    noise = rng.standard_normal((*shape, 4)) * bandwidths
+    tied = kernels[:, None] + noise
+    loose = tied.copy()
+    loose[..., 2:] = kernels[rng.choice(len(kernels), shape, p=weights / weights.sum()), 2:] + noise[..., 2:]
+    tied_inside, loose_inside = (support.contains(d.reshape(-1, 4)).reshape(shape).mean(1) for d in (tied, loose))
+    return tied_inside, loose_inside
 
 
 def _broad_mass(broad: Array, support: Support, draws: int = 2**17) -> float:

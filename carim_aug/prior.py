@@ -27,7 +27,7 @@ SIZE_BOUNDS = (0.015, 0.13)
 """Smallest and largest nodule, sqrt(width x height) in fractions of the image's side: 4 and 33 pixels at 256. A nodule
 is at most 3 cm; magnified by about 1.1 and drawn with some slack it is at most 45 mm on a 350 mm wide film: 0.13."""
 MAX_ASPECT = 2.5
-FORMAT, FORMAT_VERSION = "carim_aug.prior", "1"
+FORMAT, FORMAT_VERSION = "carim_aug.prior", "2"
 BUNDLED = Path(__file__).parent / "weights" / "prior.safetensors"
 TENSORS = ("kernels", "kernel_weights", "bandwidths", "broad", "counts", "field", "bounds", "mass")
 FIRST_TRIES, MORE_TRIES = 10_000, 30
@@ -181,13 +181,7 @@ class LocationPrior:
             ValueError: bad maps, weights or threshold; no region reaches the threshold.
             ImportError: scipy is not there.
         """
-        if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[1] != 1:
-            raise ValueError(f"maps must be a tensor (n, 1, H, W), got {tuple(getattr(maps, 'shape', ()))}")
-        if maps.numel() and not (maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1):
-            raise ValueError(f"maps must be finite and in [0, 1], got {maps.min():g} to {maps.max():g}")
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {threshold}")
-        boxes = [_regions(m, threshold, size_bounds[1]) for m in maps[:, 0].detach().cpu().double().numpy()]
+        boxes = region_boxes(maps, threshold, size_bounds[1])
         if not any(len(b) for b in boxes):
             raise ValueError(f"maps must reach threshold {threshold} somewhere, got {len(maps)} maps that do not")
         return cls.fit(
@@ -264,6 +258,7 @@ class LocationPrior:
         share, mean_size, std_size, mean_aspect, std_aspect = self._broad
         smallest, largest, stretched = self._limits
         h_x, h_y, h_size, h_aspect = self._h
+        tie = self.density.tie
         for _ in range(FIRST_TRIES):
             pick = rng.random()
             a, b, c, d = rng.standard_normal(4).tolist()
@@ -274,6 +269,8 @@ class LocationPrior:
             else:
                 m = self._kernels[bisect_right(self._steps, (pick - share) / (1 - share))]
                 x, y = m[0] + h_x * a, m[1] + h_y * b
+                if tie < 1 and rng.random() >= tie:
+                    m = self._kernels[bisect_right(self._steps, rng.random())]
                 log_size, log_aspect = m[2] + h_size * c, m[3] + h_aspect * d
             if not (smallest <= log_size <= largest and -stretched <= log_aspect <= stretched):
                 continue
@@ -309,7 +306,7 @@ class LocationPrior:
         bounds = np.array([*support.size_bounds, support.max_aspect])
         parts: list[np.ndarray] = [density.kernels, density.weights, density.bandwidths, density.broad, self.counts]
         parts += [support.field.astype(np.uint8), bounds, np.array([density.mass])]
-        arrays = dict(zip(TENSORS, parts, strict=True))
+        arrays = dict(zip(TENSORS, parts, strict=True)) | {"tie": np.array([density.tie])}
         about = {"description": self.description, "n_boxes": str(self.n_boxes), "n_patients": str(self.n_patients)}
         write_sealed(path, arrays, {"format": FORMAT, "format_version": FORMAT_VERSION, **about})
 
@@ -329,20 +326,23 @@ class LocationPrior:
         if texts.get("format") != FORMAT:
             raise PriorError(f"{path} has the format {texts.get('format')!r}, not {FORMAT!r}: {again}")
         version = texts.get("format_version", "")
-        if version != FORMAT_VERSION:
+        if version not in ("1", FORMAT_VERSION):
             newer = version.isdecimal() and int(version) > int(FORMAT_VERSION)
             hint = "upgrade carim-aug" if newer else again
-            raise PriorError(f"{path} has format version {version!r}, this carim-aug reads {FORMAT_VERSION!r}: {hint}")
-        if missing := [name for name in TENSORS if name not in arrays]:
+            raise PriorError(
+                f"{path} has format version {version!r}, this carim-aug reads up to {FORMAT_VERSION!r}: {hint}"
+            )
+        if missing := [name for name in TENSORS + (() if version == "1" else ("tie",)) if name not in arrays]:
             raise PriorError(f"{path} lacks {', '.join(missing)}: {again}")
         if not intact:
             raise PriorError(f"{path} is damaged (its SHA-256 does not fit): {again}")
         try:
             kernels, weights, bandwidths, broad, counts, field, bounds, mass = (arrays[name] for name in TENSORS)
             low, high, max_aspect = bounds.tolist()
+            tie = float(arrays["tie"][0]) if version != "1" else 1.0
             support = Support(field.astype(bool), (low, high), max_aspect)
             return cls(
-                BoxDensity(kernels, weights, bandwidths, broad, support, float(mass[0])),
+                BoxDensity(kernels, weights, bandwidths, broad, support, float(mass[0]), tie),
                 counts,
                 n_boxes=int(texts["n_boxes"]),
                 n_patients=int(texts["n_patients"]),
@@ -388,6 +388,31 @@ class LocationPrior:
             f"LocationPrior({self.n_boxes} boxes of {self.n_patients} patients, max_count={self.max_count}, "
             f"size {low:g} to {high:g} of the image's side)"
         )
+
+
+def region_boxes(maps: Tensor, threshold: float, largest: float = SIZE_BOUNDS[1]) -> list[Tensor]:
+    """Boxes around the connected regions of maps at or above a threshold (METHOD 5).
+
+    Args:
+        maps: (n, 1, H, W) float in [0, 1].
+        threshold: in (0, 1].
+        largest: sqrt(width x height) in fractions of the image's side to which larger regions are cut, around their
+            centres of mass.
+
+    Returns:
+        n of (k, 4) float64, XYXY in pixels of the maps.
+
+    Raises:
+        ValueError: bad maps or threshold.
+        ImportError: scipy is not there.
+    """
+    if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[1] != 1:
+        raise ValueError(f"maps must be a tensor (n, 1, H, W), got {tuple(getattr(maps, 'shape', ()))}")
+    if maps.numel() and not (maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1):
+        raise ValueError(f"maps must be finite and in [0, 1], got {maps.min():g} to {maps.max():g}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+    return [_regions(one, threshold, largest) for one in maps[:, 0].detach().cpu().double().numpy()]
 
 
 def _regions(cam: Array, threshold: float, largest: float) -> Tensor:
@@ -453,6 +478,7 @@ def _check_parts(density: BoxDensity, counts: Array) -> None:
         "field must be (64, 64) and not empty": density.support.field.shape == (64, 64) and density.support.field.any(),
         "bounds must be 0 < smallest < largest and aspect > 1": 0 < low < high and density.support.max_aspect > 1,
         "mass must be in (0.01, 1]": 0.01 < density.mass <= 1 + 1e-9,
+        "tie must be in [0, 1]": 0 <= density.tie <= 1,
     }
     for rule, holds in rules.items():
         if not holds:
