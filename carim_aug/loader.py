@@ -227,7 +227,8 @@ class MixLoader:
         if len(pixels) != len(slots):
             raise ValueError(f"collate_fn must keep all {len(slots)} samples of a batch, got {len(pixels)} images")
         size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        params = MixParams(tuple(slots), planned.insertion, size, self._weights_hash)
+        slots = planned.placed(pixels, slots)
+        params = MixParams(slots, planned.insertion, size, self._weights_hash)
         if not any(slot.synthetic for slot in slots):
             return batch, params
         planned.policy.check(labels)

@@ -18,6 +18,7 @@ from carim_aug.labels import LabelPolicy
 from carim_aug.layouts import Layout, check_images
 from carim_aug.loader import MixLoader
 from carim_aug.masks import boxes_to_masks
+from carim_aug.placement import PLACEMENTS, placed
 from carim_aug.plan import INSERTIONS, MixParams, Planner, added_counts, check_chances, check_epoch, check_state
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
@@ -45,6 +46,8 @@ class SyntheticNoduleMix(v2.Transform):
             `carim_aug.plan.added_counts`.
         insertion: "whole": a generated image takes the slot. "graft": the real image stays and gets
             x + feather(C) * (G(z, C) - G(z, 0)).
+        placement: of grafts: "host" looks at each image and draws a place outside its lungs again two times in three,
+            which gives the share of real nodules (`carim_aug.placement`); "prior" takes the first draw, unseen.
         labels: a `LabelPolicy`, or its kind; "auto" reads the first labels seen.
         layout: where image and label sit in a sample: "auto", or a pair of keys or positions.
         value_range: of the images: "auto" (uint8: [0, 255]; float: [0, 1]), "imagenet", "symmetric" ([-1, 1]), "xrv"
@@ -70,6 +73,7 @@ class SyntheticNoduleMix(v2.Transform):
         n_synthetic: Mapping[str, int] | None = None,
         sampling_strategy: str | float | Mapping[str, int] | Callable[[Any], Any] | None = None,
         insertion: str = "whole",
+        placement: str = "host",
         labels: LabelPolicy | str = "auto",
         layout: Any = "auto",
         value_range: Any = "auto",
@@ -88,6 +92,8 @@ class SyntheticNoduleMix(v2.Transform):
             raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
         if insertion not in INSERTIONS:
             raise ValueError(f"insertion must be one of {INSERTIONS}, got {insertion!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
         how = {"p": p, "n_synthetic": n_synthetic, "sampling_strategy": sampling_strategy}
         given = [name for name, value in how.items() if value is not None]
         if len(given) > 1:
@@ -109,7 +115,8 @@ class SyntheticNoduleMix(v2.Transform):
 
         self.p: float | Mapping[str, float] | None = p
         self.n_synthetic, self.sampling_strategy = n_synthetic, sampling_strategy
-        self.insertion, self.seed, self.eligible, self.layout = insertion, seed, eligible, layout
+        self.insertion, self.placement, self.seed = insertion, placement, seed
+        self.eligible, self.layout = eligible, layout
         self.value_range = ValueRange.of(value_range)
         # Held in a tuple: a module attribute would make the generator part of a user's model.
         self._held = (generator, prior)
@@ -251,6 +258,7 @@ class SyntheticNoduleMix(v2.Transform):
             policy=self._policy,
             layout=self.layout,
             insertion=self.insertion,
+            placement=self.placement,
             eligible=self.eligible,
             n_synthetic=self.n_synthetic,
             sampling_strategy=self.sampling_strategy,
@@ -282,6 +290,8 @@ class SyntheticNoduleMix(v2.Transform):
             planner.decide((self.seed, epoch, start + i, *more), i, eligible=ok) for i, ok in enumerate(allowed)
         )
         self._step += len(slots)
+        if self.insertion == "graft" and self.placement == "host":
+            slots = placed(images, slots, planner)
         return MixParams(slots, self.insertion, tuple(images.shape[-2:]), self.weights_hash)
 
     def forward(self, *inputs: Any, params: MixParams | None = None) -> Any:

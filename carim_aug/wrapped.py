@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from carim_aug.insertion import insert
 from carim_aug.labels import LabelError, LabelPolicy
 from carim_aug.layouts import Layout, check_images
+from carim_aug.placement import placed
 from carim_aug.plan import Planner, Slot, added_counts, check_chances, check_epoch
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
@@ -34,6 +35,7 @@ class PlannedDataset(Dataset):
         policy: of the labels; takes the class names that the data set brings along.
         layout: where image and label sit, see `Layout.of`.
         insertion: "whole" or "graft".
+        placement: of `carim_aug.placement.PLACEMENTS`, for grafts.
         eligible: which labels may be replaced; None: the larger of the normal and the nodule class where labels can be
             counted without loading images, else the normal class.
         n_synthetic: class to number added.
@@ -52,6 +54,7 @@ class PlannedDataset(Dataset):
         policy: LabelPolicy,
         layout: Any,
         insertion: str,
+        placement: str,
         eligible: Callable[[Any], bool] | None,
         n_synthetic: Mapping[str, int] | None,
         sampling_strategy: Any,
@@ -67,7 +70,7 @@ class PlannedDataset(Dataset):
             )
         if len(dataset) == 0:  # type: ignore[arg-type]
             raise ValueError("dataset must hold at least one sample, got 0")
-        self.dataset, self.insertion = dataset, insertion
+        self.dataset, self.insertion, self.placement = dataset, insertion, placement
         self.epoch, self.enabled = epoch, enabled
         self._count = len(dataset)  # type: ignore[arg-type]
 
@@ -156,6 +159,12 @@ class PlannedDataset(Dataset):
         label = self.layout.get(sample)[1]
         self.policy.check(label, batch=False)
         return sample, self.slot(index, self.eligible(label))
+
+    def placed(self, images: Tensor, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+        """Gives the slots as their hosts (B, C, H, W) want them; see `carim_aug.placement`."""
+        if self.insertion != "graft" or self.placement != "host":
+            return tuple(slots)
+        return placed(images, slots, self.planner)
 
     def eligible(self, label: Any) -> bool:
         """Says whether a real sample with this label may be replaced."""
@@ -268,14 +277,11 @@ class MixedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """Gives the sample of an index, of the structure and types of the user's own."""
-        sample, slot = self.planned[index]
-        layout, policy = self.planned.layout, self.planned.policy
-        image, label = layout.get(sample)
-        check_images(image, batch=False)
-        pixels = torch.as_tensor(image).as_subclass(Tensor)
-        self.value_range.check(pixels, "image")
+        sample, slot, pixels = self._planned(index)
         if not slot.synthetic:
             return sample
+        layout, policy = self.planned.layout, self.planned.policy
+        label = layout.get(sample)[1]
         insertion = self.planned.insertion
         mixed = insert(pixels[None], [slot], insertion=insertion, renderer=self.renderer, value_range=self.value_range)
         graft = insertion == "graft"
@@ -287,8 +293,16 @@ class MixedDataset(Dataset):
         return (self[i] for i in range(len(self)))
 
     def slot(self, index: int) -> Slot:
-        """Gives the decision for an index in the current epoch (loads the host's label)."""
-        return self.planned[index][1]
+        """Gives the decision for an index in the current epoch (loads the host)."""
+        return self._planned(index)[1]
+
+    def _planned(self, index: int) -> tuple[Any, Slot, Tensor]:
+        sample, slot = self.planned[index]
+        image = self.planned.layout.get(sample)[0]
+        check_images(image, batch=False)
+        pixels = torch.as_tensor(image).as_subclass(Tensor)
+        self.value_range.check(pixels, "image")
+        return sample, self.planned.placed(pixels[None], [slot])[0], pixels
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of all that this mix has wrapped; workers that are alive see it."""

@@ -44,6 +44,7 @@ FLOORS = {
     "checkpoint": 2.5,
     "hub": 3,
     "plan": 3,
+    "placement": 3.5,
     "render": 4,
     "insertion": 4.5,
     "wrapped": 5,
