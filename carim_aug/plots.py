@@ -16,6 +16,7 @@ from carim_aug.hub import NoduleGenerator
 from carim_aug.insertion import graft, resize
 from carim_aug.masks import as_size, boxes_to_masks, check_boxes
 from carim_aug.mix import SyntheticNoduleMix
+from carim_aug.placement import placed
 from carim_aug.plan import NO_BOXES, MixParams, Planner, Slot
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
@@ -64,14 +65,16 @@ def contact_sheet(
     if real is not None:
         real = _hosts(real)
 
-    # Plan and render: with the box, without it, and other normal images as hosts where there are no real ones.
-    planner = Planner(prior, seed=seed, nodule="Nodule", chances={})
-    slots = [planner.regenerate((seed, 0, i), "Nodule") for i in range(n)]
+    # Hosts: real ones, or other normal images. Then plan for them and render, with the box and without it.
+    planner, render = Planner(prior, seed=seed, nodule="Nodule", chances={}), Renderer(generator).whole
+    if real is None:
+        others = [planner.regenerate((seed, 1, i), "No Finding") for i in range(n)]
+        hosts = render(others, torch.device("cpu"))
+    else:
+        hosts = real[[i % len(real) for i in range(n)]]
+    slots = placed(hosts, [planner.regenerate((seed, 0, i), "Nodule") for i in range(n)], planner)
     bare = [replace(slot, boxes=NO_BOXES) for slot in slots]
-    others = [planner.regenerate((seed, 1, i), "No Finding") for i in range(n)] if real is None else []
-    images = Renderer(generator).whole([*slots, *bare, *others], torch.device("cpu"))
-    nodule, normal, synthetic = images[:n], images[n : 2 * n], images[2 * n :]
-    hosts = synthetic if real is None else real[[i % len(real) for i in range(n)]]
+    nodule, normal = render([*slots, *bare], torch.device("cpu")).chunk(2)
     differences = nodule - normal
     grafts = graft(hosts, differences, slots, _SYMMETRIC)
     gain = _gain(differences)
