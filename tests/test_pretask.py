@@ -29,7 +29,9 @@ def test_patches_come_with_and_without_a_nodule_and_are_keyed(phantom_data, temp
 
 def test_half_of_the_negatives_are_the_positives_places_without_the_nodule(phantom_data, templates, monkeypatch):
     films, ct, prior = read_labelled(phantom_data, "train", 64), CTNodules(templates), LocationPrior.bundled()
-    monkeypatch.setattr(ct, "superimpose", lambda images, boxes, generator, contrast: (images, torch.zeros_like(images)))
+    monkeypatch.setattr(
+        ct, "superimpose", lambda images, boxes, generator, contrast: (images, torch.zeros_like(images))
+    )
     monkeypatch.setattr("train.pretask.torch.rand", lambda *shape, generator=None: torch.full(shape, 0.5))
     patches = draw_patches(films, prior, ct, TINY, stream=torch.Generator().manual_seed(0), n=8, real=False)
     assert torch.equal(patches[:4], patches[8:12]) and not torch.equal(patches[4:8], patches[12:])

@@ -134,3 +134,17 @@ def test_data_without_what_is_needed_is_refused_before_training(phantom_data, tm
     with pytest.raises(RunError, match="the train split needs films with and without a nodule"):
         train_classifier(TINY, data=tmp_path, ct_nodules=None, out=tmp_path / "a")
     assert not (tmp_path / "a" / "recipe.json").exists()
+
+
+def test_a_run_can_start_from_the_pretasks_weights(run, phantom_data, tmp_path):
+    weights = run
+    still = dataclasses.replace(TINY, images=16, validate_images=16, learning_rate=0.0, weight_decay=0.0)
+    file = train_classifier(still, data=phantom_data, ct_nodules=None, out=tmp_path / "a", weights=weights)
+    begun, trained = ChestClassifier.load(weights), ChestClassifier.load(file)
+    assert all(torch.equal(p, q) for p, q in zip(begun.parameters(), trained.parameters(), strict=True))
+    assert json.loads((tmp_path / "a" / "recipe.json").read_text())["weights"]
+    ChestClassifier(["Mass"], size=32).save(tmp_path / "mass.safetensors")
+    with pytest.raises(RunError, match="weights must be of the findings"):
+        train_classifier(
+            still, data=phantom_data, ct_nodules=None, out=tmp_path / "b", weights=tmp_path / "mass.safetensors"
+        )

@@ -3,7 +3,7 @@
 DenseNet-121 with 14 logits. What we add for the few nodules there are, each a number of the preset: more films labelled
 Nodule in a batch, CT nodules of known place superimposed on normal films, and the closed-form map held to the places
 that are known. What one of them brings: leave it out, as in `--set superimposed=0 --out runs/without`, and compare the
-report.json. The same command resumes.
+report.json. `--weights` starts from the pre-task's file (`train.pretask`). The same command resumes.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from carim_aug.data.errors import DataError
 from carim_aug.evaluation.patches import auc, auc_interval
 from carim_aug.evaluation.pointing import pointing_chance, pointing_hit
 from carim_aug.keys import fold
-from carim_aug.models.classifier import ChestClassifier
+from carim_aug.models.classifier import ChestClassifier, ClassifierError
 from carim_aug.prior import LocationPrior
+from carim_aug.sealed import digest
 from train.devices import PRECISIONS, Part, agreed, in_first, launched
 from train.labelled import NODULE, LabelledFilms, draw_films, read_labelled, scaled
 from train.labelled import turned as turned
@@ -145,6 +146,7 @@ def train_classifier(
     prior: LocationPrior | None = None,
     test: bool = False,
     any_size: bool = False,
+    weights: str | Path | None = None,
 ) -> Path:
     """Trains a classifier, or goes on with it, and keeps the best on val; gives its file.
 
@@ -162,8 +164,10 @@ def train_classifier(
         prior: of superimposed nodules; the bundled one by default.
         test: also report on the test split: for final figures.
         any_size: take films of several sizes, each squeezed to a square.
+        weights: a classifier of the 14 findings to start from, such as the pre-task's, in place of an untrained one.
 
     Raises:
+        ClassifierError: weights that are missing, damaged or of another network.
         RunError: something does not fit; nothing was trained.
         TrainingError: losses are not finite, nothing can be saved, or the time was too short for one validation.
     """
@@ -174,6 +178,11 @@ def train_classifier(
     where = fabric.device
     recipe = {"preset": asdict(replace(preset, images=0)), "seed": seed, "ct_nodules": ct_nodules is not None}
     recipe |= {"precision": precision} if precision != "bf16-mixed" else {}
+    begun = ChestClassifier.load(weights) if weights is not None else None
+    if begun is not None and begun.findings != FINDINGS:
+        raise RunError(f"weights must be of the findings {FINDINGS}, got {begun.findings} in {weights}")
+    if begun is not None:
+        recipe["weights"] = digest({k: v.numpy() for k, v in begun.state_dict().items()}, {})
     run = in_first(fabric, lambda: Run(out, recipe, begin=False))
     ct = CTNodules(ct_nodules) if ct_nodules is not None else None
     unreadable: list[str] = []
@@ -186,6 +195,8 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, 5))
         classifier = ChestClassifier(FINDINGS, size=preset.size)
+    if begun is not None:
+        classifier.load_state_dict(begun.state_dict())
     classifier = classifier.to(where, memory_format=torch.channels_last)
     mapped = fabric.setup_module(Mapped(classifier))
     optimizer = fabric.setup_optimizers(
@@ -298,6 +309,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder in ChestX-ray14's layout, with split.csv")
     parser.add_argument("--ct-nodules", help="templates.npz of CT nodules in projection")
     parser.add_argument("--out", required=True, help="the run's folder; the same folder resumes")
+    parser.add_argument("--weights", help="start from this classifier's file, such as that of train.pretask")
     parser.add_argument("--images", type=int, help="films to show, in place of the preset's")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
@@ -312,7 +324,7 @@ def main() -> None:
     try:
         preset = changed(PRESETS[name], settings)
         file = train_classifier(preset if images is None else replace(preset, images=images), **options)
-    except (RunError, TrainingError, DataError) as error:
+    except (RunError, TrainingError, DataError, ClassifierError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"classifier: {file}")
     print((file.parent / "report.json").read_text())
