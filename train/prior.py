@@ -251,7 +251,7 @@ def plot_priors(priors: Mapping[str, LocationPrior], held_out: np.ndarray, path:
         sizes.hist(np.exp(drawn[:, 2]), bins=bins, density=True, histtype="step", label=name)
     sizes.hist(np.exp(held_out[:, 2]), bins=bins, density=True, alpha=0.3, color="r", label="held-out boxes")
     sizes.set(title="size", xlabel="sqrt(width x height) / side")
-    sizes.legend()
+    sizes.legend(fontsize="xx-small", loc="upper left")
     figure.savefig(path, dpi=120)
 
 
