@@ -5,7 +5,6 @@ A location prior may lie beside the weights and is saved with them, for `Synthet
 
 import copy
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from carim_aug.checkpoint import (
     ADVICE,
     CONFIG,
-    FILE,
     FORMAT,
     FORMAT_VERSION,
     PRIOR,
@@ -30,14 +28,13 @@ from carim_aug.checkpoint import (
     check_config,
     check_finite,
     check_names,
-    fetch,
     fetch_beside,
-    read_weights,
 )
 from carim_aug.masks import check_masks
 from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator, check_inputs
 from carim_aug.prior import LocationPrior
-from carim_aug.sealed import digest, write_sealed
+from carim_aug.sealed import digest
+from carim_aug.shards import fetch_weights, write_weights
 
 
 class NoduleGenerator(
@@ -118,7 +115,9 @@ class NoduleGenerator(
         prior: LocationPrior | None = None,
         **options: Any,
     ) -> str | None:
-        """Writes model.safetensors, config.json, prior.safetensors if there is a prior, and README.md if there is none.
+        """Writes the weights, config.json, prior.safetensors if there is a prior, and README.md if there is none.
+
+        The weights are model.safetensors, or several such files with an index where they are larger than 16 MB.
 
         Args:
             save_directory: made if missing.
@@ -187,13 +186,7 @@ class NoduleGenerator(
             "provenance": json.dumps(self.provenance),
             "tensors_sha256": self.weights_hash,
         }
-        # Written aside and moved into place: a save that is cut off leaves the former weights whole.
-        part = save_directory / f".{FILE}.{os.getpid()}.part"
-        try:
-            write_sealed(part, arrays, texts)
-            part.replace(save_directory / FILE)
-        finally:
-            part.unlink(missing_ok=True)
+        write_weights(save_directory, arrays, texts)
         (save_directory / CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         if self._prior is not None:
             (save_directory / PRIOR).write_bytes(self._prior)
@@ -229,8 +222,7 @@ class NoduleGenerator(
             "token": token,
             "force_download": force_download,
         }
-        path = fetch(pretrained_model_name_or_path, FILE, **where)
-        arrays, texts = read_weights(path)
+        path, arrays, texts = fetch_weights(pretrained_model_name_or_path, **where)
         config = architecture(path, texts)
         described = path.with_name(CONFIG)
         if described.exists():

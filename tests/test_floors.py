@@ -42,6 +42,7 @@ FLOORS = {
     "labels": 2.5,
     "layouts": 2.5,
     "checkpoint": 2.5,
+    "shards": 2.7,
     "hub": 3,
     "plan": 3,
     "placement": 3.5,
