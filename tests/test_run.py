@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from train.run import Run, RunError, TrainingError, read_checkpoint, write_whole
+from train.run import Run, RunError, TrainingError, folder_whole, read_checkpoint, write_whole
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path):
@@ -108,13 +108,13 @@ def test_a_line_that_was_cut_off_spoils_no_other_and_later_ones_are_dropped_on_r
 
 
 def test_a_folder_is_replaced_whole_and_a_cut_swap_is_mended(tmp_path):
-    run = Run(tmp_path, {})
+    Run(tmp_path, {})
     for text in ("first", "second"):
-        with run.folder_whole("export") as part:
+        with folder_whole(tmp_path, "export") as part:
             (part / "a").write_text(text)
     assert (tmp_path / "export" / "a").read_text() == "second"
     assert {p.name for p in tmp_path.iterdir()} == {"export", "recipe.json"}
-    with pytest.raises(KeyboardInterrupt), run.folder_whole("export") as part:
+    with pytest.raises(KeyboardInterrupt), folder_whole(tmp_path, "export") as part:
         raise KeyboardInterrupt
     assert (tmp_path / "export" / "a").read_text() == "second"
     (tmp_path / "export").rename(tmp_path / "export.old")  # killed between the two renames

@@ -66,11 +66,12 @@ def read_films(
         root, split="train", target="nodule", only_normal_or_nodule=True, extra_boxes=extra if extra.exists() else None
     )
     normal, nodule, boxed = [], [], []
-    reading = Reading(data, size, any_size=any_size)
+    rows = [i for i, target in enumerate(data.targets) if target]
+    rows += [i for i, target in enumerate(data.targets) if not target][:limit]
+    reading = Reading(data, size, any_size=any_size, rows=sorted(rows))
     for i, image, target in reading:
         if not target:
-            if limit is None or len(normal) < limit:
-                normal.append(image)
+            normal.append(image)
             continue
         boxes = data.boxes_relative(i, "Nodule")
         boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).amax(dim=1) <= largest_box] if len(boxes) else boxes

@@ -62,7 +62,7 @@ def train_gan(
     classifier: str | Path | None = None,
     weights: str | Path | None = None,
     encoder: str | Path | None = None,
-    told: Callable[[Path], None] | None = None,
+    told: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> Path:
     """Trains one stage, or goes on with it, and writes the averaged generator; gives its folder.
 
@@ -88,7 +88,8 @@ def train_gan(
         weights: an exported generator (folder or hub id) that stage 1 starts from, with all branches, in place of an
             untrained one; the discriminators start untrained and learn alone for `preset.warm_up` images.
         encoder: file of `train.encoders`: KID and FID on val at each snapshot, the lowest KID kept in best/.
-        told: is given a folder of weights after each snapshot: the best, or the newest where nothing chooses.
+        told: is given a folder of weights and their figures after each snapshot: the best, or the newest and nothing
+            where nothing chooses.
 
     Raises:
         RunError: something does not fit; nothing was trained.

@@ -171,18 +171,6 @@ class Run:
             kept = [line for line in path.read_text().splitlines() if (_images_of(line) or images + 1) <= images]
             write_whole(path, "".join(line + "\n" for line in kept).encode())
 
-    @contextlib.contextmanager
-    def folder_whole(self, name: str) -> Iterator[Path]:
-        """Gives an empty folder to fill, which replaces folder `name` at the end of the block."""
-        part, old = self.folder / f"{name}.partial", self.folder / f"{name}.old"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        yield part
-        if (self.folder / name).exists():
-            (self.folder / name).rename(old)
-        part.rename(self.folder / name)
-        shutil.rmtree(old, ignore_errors=True)
-
     def _append(self, name: str, line: dict[str, Any] | None) -> None:
         # A full disk must not stop the training: lines wait until they can be written.
         path = self.folder / name
@@ -220,6 +208,22 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_whole(parent: Path, name: str) -> Iterator[Path]:
+    """Gives an empty folder to fill, which replaces folder `name` of the parent at the end of the block.
+
+    A process killed between the two renames leaves `name`.old, which opening a `Run` there puts back.
+    """
+    part, old = parent / f"{name}.partial", parent / f"{name}.old"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    yield part
+    if (parent / name).exists():
+        (parent / name).rename(old)
+    part.rename(parent / name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from train.choice import Choice
 from train.films import Films
 from train.networks import Networks, retake_statistics
 from train.presets import GANPreset
-from train.run import Run, git_commit, write_whole
+from train.run import Run, folder_whole, git_commit, write_whole
 
 
 class Snapshots:
@@ -35,7 +35,7 @@ class Snapshots:
         prior: of the masks; goes beside the weights.
         device: of the networks.
         choice: says how good a snapshot is; the best is kept in best/ and best.pt.
-        told: is given the export's folder, or that of the best, after each snapshot.
+        told: is given the export's folder and nothing, or that of the best and its figures, after each snapshot.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Snapshots:
         *,
         device: torch.device,
         choice: Choice | None = None,
-        told: Callable[[Path], None] | None = None,
+        told: Callable[[Path, dict[str, Any]], None] | None = None,
     ) -> None:
         """Draws the noises and masks."""
         self.run, self.preset, self.prior, self.choice, self.told = run, preset, prior, choice, told
@@ -83,12 +83,12 @@ class Snapshots:
             best = figures["kid"] < state["best"].get("kid", float("inf"))
             if best:
                 state["best"] = {"images": images, **figures}
-                with self.run.folder_whole("best") as part:
+                with folder_whole(self.run.folder, "best") as part:
                     shutil.copytree(folder, part, dirs_exist_ok=True)
         self.run.save(state, images, best=best)
         if self.told is not None:
             chosen = self.run.folder / "best"
-            self.told(chosen if chosen.exists() else folder)
+            self.told(chosen if state["best"] and chosen.exists() else folder, state["best"])
         return folder
 
     def _picture(self, networks: Networks, images: int, scales: int) -> None:
@@ -114,7 +114,7 @@ class Snapshots:
 
     def _export(self, generator: NoduleGenerator, images: int) -> Path:
         recipe = {**self.run.recipe, "images_seen": images, "stage": 2 if "stage_2_from" in self.run.recipe else 1}
-        with self.run.folder_whole("export") as folder:
+        with folder_whole(self.run.folder, "export") as folder:
             facts = {"training_data": self.data, "recipe": recipe, "git_commit": git_commit()}
             generator.save_pretrained(folder, prior=self.prior, **facts)
         return self.run.folder / "export"
