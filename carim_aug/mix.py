@@ -47,7 +47,7 @@ class SyntheticNoduleMix(v2.Transform):
         insertion: "whole": a generated image takes the slot. "graft": the real image stays and gets
             x + feather(C) * (G(z, C) - G(z, 0)).
         placement: of grafts: "host" looks at each image and draws a place outside its lungs again two times in three,
-            which gives the share of real nodules (`carim_aug.placement`); "prior" takes the first draw, unseen.
+            about as real nodules lie (`carim_aug.placement`); "prior" takes the first draw, unseen.
         labels: a `LabelPolicy`, or its kind; "auto" reads the first labels seen.
         layout: where image and label sit in a sample: "auto", or a pair of keys or positions.
         value_range: of the images: "auto" (uint8: [0, 255]; float: [0, 1]), "imagenet", "symmetric" ([-1, 1]), "xrv"
