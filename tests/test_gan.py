@@ -365,3 +365,28 @@ def test_a_classifier_without_the_finding_or_still_training_is_refused():
         Influence(net.eval().requires_grad_(False), 1.0, "source")
     with pytest.raises(ValueError, match="classifier must be in eval mode"):
         Influence(ChestClassifier(["Nodule"], size=32), 1.0, "source")
+
+
+def test_a_phase_for_nodules_alone_keeps_the_films_near_those_at_the_start(phantom_data, templates, tmp_path):
+    options = {"data": phantom_data, "ct_nodules": templates}
+    folder = train_gan(TINY, out=tmp_path / "1", **options)
+    preset = dataclasses.replace(TINY, film_weight=0.0, level_weight=0.0, warm_up=8, grow_at=(), log_images=8)
+    started = NoduleGenerator.from_pretrained(folder)
+    moved = {}
+    for weight in (0.0, 100.0):
+        out = tmp_path / str(weight)
+        anchored = dataclasses.replace(preset, anchor_weight=weight)
+        trained = NoduleGenerator.from_pretrained(train_gan(anchored, out=out, weights=folder, **options))
+        noise, empty = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(8, 1, 32, 32)
+        with torch.no_grad():
+            moved[weight] = float((trained(noise, empty) - started(noise, empty)).abs().mean())
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert not any("g32" in line or "d32" in line for line in lines) and "g_difference" in lines[-1]
+        assert ("g_anchor" in lines[-1]) == (weight > 0)
+    assert 0 < moved[100.0] < moved[0.0]
+
+
+def test_an_anchor_needs_weights_to_start_from(phantom_data, templates, tmp_path):
+    preset = dataclasses.replace(TINY, anchor_weight=1.0)
+    with pytest.raises(RunError, match="anchor_weight must be 0 for a run that starts untrained, got 1.0"):
+        train_gan(preset, data=phantom_data, ct_nodules=templates, out=tmp_path / "1")

@@ -36,7 +36,15 @@ from train.networks import Networks
 from train.presets import DEFAULTS, PRESETS, GANPreset, changed
 from train.run import PATIENCE, Run, RunError, TrainingError
 from train.snapshots import Snapshots
-from train.start import check_films, check_preset, first_stage, named_preset, restore, trained_generator
+from train.start import (
+    check_films,
+    check_preset,
+    first_stage,
+    named_preset,
+    restore,
+    starting_generator,
+    trained_generator,
+)
 from train.steps import Asked, Wrapped, train_step
 
 
@@ -137,7 +145,8 @@ def train_gan(
         networks.start_from(trained)
     if compiled:
         networks.compile_blocks()
-    wrapped = Wrapped.setup(fabric, networks, preset)
+    anchor = starting_generator(preset, trained, begun) if preset.anchor_weight > 0 else None
+    wrapped = Wrapped.setup(fabric, networks, preset, anchor)
     state = in_first(fabric, lambda: (run.load() if run else None) or begun)
     state = agreed(fabric, state)
     if state is not None:

@@ -30,6 +30,9 @@ class GANPreset:
         difference_weight: the same for (difference, mask) crops.
         outside_weight: weight of the mean |difference| outside the dilated mask.
         contrast_weight: weight of `carim_aug.losses.spread_loss` on the nodules' contrast.
+        film_weight: weight of the whole films' discriminators; 0 leaves them out, for a phase that trains nodules only.
+        anchor_weight: weight of the mean |difference| between films without a nodule and those that the generator gave
+            for the same noise when the run started.
         level_weight: weight of `carim_aug.losses.level_loss` on the last scale.
         carim_weight: lambda of eq. 7, in stage 2.
         carim_form: of `carim_aug.losses.CARIM_FORMS`.
@@ -61,6 +64,8 @@ class GANPreset:
     difference_weight: float = 3.0
     outside_weight: float = 20.0
     contrast_weight: float = 100.0
+    film_weight: float = 1.0
+    anchor_weight: float = 0.0
     level_weight: float = 20.0
     carim_weight: float = 0.001
     carim_form: str = "softplus"

@@ -6,7 +6,7 @@ from typing import Any
 
 from carim_aug.data.ct_nodules import CTNodules
 from carim_aug.hub import NoduleGenerator
-from carim_aug.models.generator import ARCHITECTURES
+from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
 from train.films import Films
 from train.presets import PRESETS, GANPreset
 from train.run import RunError, read_checkpoint
@@ -86,6 +86,33 @@ def first_stage(start: str | Path, preset: GANPreset) -> dict[str, Any]:
         except RunError:  # missing or damaged: the next will do
             continue
     raise RunError(f"start must hold a checkpoint, got none that can be read in {start}")
+
+
+def starting_generator(
+    preset: GANPreset, trained: NoduleGenerator | None, begun: dict[str, Any] | None
+) -> MultiScaleGenerator:
+    """Gives a copy of the generator that a run starts from.
+
+    Args:
+        preset: its anchor_weight asks for it.
+        trained: what stage 1 starts from, if anything.
+        begun: the checkpoint that stage 2 starts from, if any.
+
+    Raises:
+        RunError: the run starts untrained.
+    """
+    anchor = MultiScaleGenerator(ARCHITECTURES[preset.architecture])
+    if trained is not None:
+        anchor.load_state_dict(trained.state_dict())
+    elif begun is not None:
+        prefix = "average.module."
+        state = {k.removeprefix(prefix): v for k, v in begun["networks"].items() if k.startswith(prefix)}
+        anchor.load_state_dict(state)
+    else:
+        raise RunError(
+            f"anchor_weight must be 0 for a run that starts untrained, got {preset.anchor_weight}: give --weights"
+        )
+    return anchor
 
 
 def restore(wrapped: Wrapped, state: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ class Wrapped:
         difference: discriminator of crops of differences.
         optimizers: "generator" and "discriminators".
         part: of a batch that is this process's.
+        anchor: the generator as it was when the run started, or None.
     """
 
     fabric: Fabric
@@ -61,10 +62,16 @@ class Wrapped:
     difference: Any
     optimizers: dict[str, Any]
     part: Part
+    anchor: MultiScaleGenerator | None = None
 
     @classmethod
-    def setup(cls, fabric: Fabric, networks: Networks, preset: GANPreset) -> "Wrapped":
+    def setup(
+        cls, fabric: Fabric, networks: Networks, preset: GANPreset, anchor: MultiScaleGenerator | None = None
+    ) -> "Wrapped":
         """Wraps networks that hold their starting values, and makes the optimizers; moves to the device."""
+        if anchor is not None:
+            # In training mode, as the generator is: the same batch statistics give the same films.
+            anchor = anchor.to(fabric.device, memory_format=torch.channels_last).requires_grad_(False).train()
         networks.to(fabric.device, memory_format=torch.channels_last)
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(networks)
@@ -83,6 +90,7 @@ class Wrapped:
             fabric.setup_module(networks.difference),
             {name: fabric.setup_optimizers(optimizer) for name, optimizer in optimizers.items()},
             Part(fabric.global_rank, fabric.world_size),
+            anchor,
         )
 
 
@@ -114,12 +122,14 @@ class Generated:
         difference: (P, 1, S, S) of matched pairs, with minus without; None where a batch has no masks.
         crops: (2P, 2, c, c) of (image, mask), or None.
         differences: (P, 3, c, c), see `difference_maps`, or None.
+        anchored: (B, 1, s, s) each, what the anchor gives for the same noise and masks, or None.
     """
 
     pyramid: list[Tensor]
     difference: Tensor | None
     crops: Tensor | None
     differences: Tensor | None
+    anchored: list[Tensor] | None = None
 
 
 def train_step(
@@ -193,19 +203,23 @@ def generate(
     masks = torch.cat([batch.masks, torch.zeros_like(batch.masks)]) if paired else batch.masks
     with wrapped.fabric.autocast(), parametrize.cached():
         pyramid = [x.float().view_as(x) for x in wrapped.draw(noise, masks, scales)]
+    anchored = None
+    if wrapped.anchor is not None and preset.anchor_weight > 0:
+        with torch.no_grad(), wrapped.fabric.autocast(), parametrize.cached():
+            anchored = [x.float() for x in wrapped.anchor.pyramid(noise, masks, scales=scales)]
     if not paired:
-        return Generated(pyramid, None, None, None)
+        return Generated(pyramid, None, None, None, anchored)
     with_mask, without = pyramid[-1].chunk(2)
     difference = with_mask - without
     config = wrapped.networks.generator.config
     if scales < config.branches or not len(batch.crops) or preset.crop_weight + preset.difference_weight <= 0:
-        return Generated(pyramid, difference, None, None)
+        return Generated(pyramid, difference, None, None, anchored)
     crop, empty = config.image_size // 4, torch.zeros_like(batch.masks)
     jitter = (torch.rand(total // 2, 2, generator=generator) - 0.5) * crop / 3
     pairs = torch.cat([with_mask, batch.masks, without, empty, difference_maps(difference, batch.masks)], 1)
     pairs = crop_at(pairs, batch.boxes, crop, wrapped.part.of(jitter).to(pairs.device))
     crops = torch.cat([pairs[:, 0:2], pairs[:, 2:4]])
-    return Generated(pyramid, difference, crops, pairs[:, 4:])
+    return Generated(pyramid, difference, crops, pairs[:, 4:], anchored)
 
 
 def judging_losses(
@@ -222,7 +236,7 @@ def judging_losses(
     losses: dict[str, Tensor] = {}
     penalise = asked.penalise and preset.r1_weight > 0
     with wrapped.fabric.autocast(), parametrize.cached():
-        for compare, real, fake in zip(wrapped.compare, shown, fakes, strict=False):
+        for compare, real, fake in zip(wrapped.compare if preset.film_weight > 0 else (), shown, fakes, strict=False):
             scores, size = compare(real, fake, batch.classes, penalise), real.shape[-1]
             losses[f"d{size}"] = judging_loss(scores, relativistic=preset.relativistic)
             if penalise:
@@ -250,14 +264,19 @@ def drawing_losses(
     """Gives the generator's losses: eq. 4 on every scale, the crops, nothing outside the mask, CARIM (eq. 6)."""
     networks, losses = wrapped.networks, dict[str, Tensor]()
     with frozen(networks.discriminators()), wrapped.fabric.autocast(), parametrize.cached():
-        for d, real, fake in zip(networks.scales, shown, fakes, strict=False):
+        for d, real, fake in zip(networks.scales if preset.film_weight > 0 else (), shown, fakes, strict=False):
             with torch.no_grad():
                 others = d(real, batch.classes) if preset.relativistic else None
-            losses[f"g{d.image_size}"] = drawing_loss(d(fake, batch.classes), others)
+            losses[f"g{d.image_size}"] = preset.film_weight * drawing_loss(d(fake, batch.classes), others)
         if made.crops is not None:
             losses["g_crop"] = preset.crop_weight * lsgan_real(networks.crop(made.crops))
             losses["g_difference"] = preset.difference_weight * lsgan_real(networks.difference(made.differences))
     last = made.pyramid[-1]
+    adversarial = losses.get(f"g{last.shape[-1]}", sum(losses.values()))
+    if made.anchored is not None:
+        # Films without a nodule: the second half of matched pairs, or all of a batch of normal films.
+        halves = [(x.chunk(2)[-1], y.chunk(2)[-1]) for x, y in zip(made.pyramid, made.anchored, strict=True)]
+        losses["g_anchor"] = preset.anchor_weight * sum((x - y).abs().mean() for x, y in halves)
     if preset.outside_weight > 0 and made.difference is not None:
         allowed = F.adaptive_avg_pool2d(F.max_pool2d(batch.masks, 5, 1, 2), last.shape[-1])
         losses["g_outside"] = preset.outside_weight * outside_loss(made.difference, allowed)
@@ -265,7 +284,7 @@ def drawing_losses(
         with wrapped.fabric.autocast():
             losses["g_carim"], losses["dead"] = asked.influence.loss(last[: len(batch.masks)], batch.masks)
         if asked.measure:
-            ratio = gradient_ratio(losses["g_carim"], losses[f"g{last.shape[-1]}"], last)
+            ratio = gradient_ratio(losses["g_carim"], adversarial, last)
             losses["carim_ratio"] = torch.tensor(ratio)
     return losses
 
