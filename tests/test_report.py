@@ -13,7 +13,19 @@ from carim_aug.models.discriminator import ScaleDiscriminator
 from carim_aug.prior import LocationPrior
 from train.encoders import PRESETS as ENCODERS
 from train.encoders import train_encoders
-from train.figures import FigurePreset, matched_pairs, one_each, pair_figures, random_places, realism, share, spread
+from train.figures import (
+    Features,
+    FigurePreset,
+    matched_pairs,
+    one_each,
+    pair_figures,
+    random_places,
+    realism,
+    repeats,
+    share,
+    spread,
+)
+from train.kept import CODE, Kept
 from train.report import parser, report
 from train.tables import number, page, table
 from train.throughput import generator_size, plain_loss, shared_loss
@@ -45,7 +57,7 @@ def test_report_has_every_figure_with_its_interval(figures):
         assert row["fid"]["value"] > 0 and row["fid_floor"]["value"] > 0
         assert row["kid_all"]["low"] <= row["kid_all"]["high"]
     assert weights["realism"]["normal, findings"]["n"] == 8  # half of 16 patients
-    assert set(weights["repeats"]["nodule"]) == {"findings", "contrast", "pixels"}
+    assert set(weights["repeats"]) == set(weights["realism"]) | {"normal, pixels", "nodule, pixels"}
     assert weights["pairs"]["prior"]["n"] == 16 and weights["pairs"]["random"]["n"] == 8
     assert weights["contrasts"]["real"]["official boxes"]["n"] == 6
     assert 0 <= weights["maps"]["inside"]["value"] <= 1
@@ -62,6 +74,22 @@ def test_second_run_computes_nothing_and_says_the_same(figures, options, capsys)
     assert again["weights"] == figures["weights"] and again["patches"] == figures["patches"]
     assert {path.name: path.read_bytes() for path in sorted((_out(options) / "kept").iterdir())} == before
     assert "0 figures computed" in capsys.readouterr().out
+
+
+def test_other_settings_or_other_code_are_another_figure(tmp_path, monkeypatch):
+    kept, calls = Kept(tmp_path, {"data": 1}), []
+
+    def compute():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    assert kept.figure("a", compute, size=1) == kept.figure("a", compute, size=1) == {"value": 1}
+    assert kept.figure("a", compute, size=2) == {"value": 2}
+    assert Kept(tmp_path, {"data": 2}).figure("a", compute, size=1) == {"value": 3}
+    monkeypatch.setitem(CODE, "figures", ("run.py",))
+    assert kept.figure("a", compute, size=1) == {"value": 4} and kept.computed == 3
+    monkeypatch.undo()
+    assert kept.figure("a", compute, size=1) == {"value": 1}
 
 
 def test_files_hold_tables_and_pictures(figures, options):
@@ -92,23 +120,21 @@ def test_one_each_gives_every_patient_once_and_any_of_its_films():
 
 
 def test_films_of_the_training_distribution_are_at_the_floor():
-    class Films:
-        def __init__(self, n, first, seed):
-            values = torch.randint(0, 256, (n, 1, 4, 4), generator=torch.Generator().manual_seed(seed))
-            self.images, self.patients = values.to(torch.uint8), torch.arange(first, first + n)
-
-    class Pixels(torch.nn.Linear):
-        def forward(self, images):
-            return images.flatten(1)
-
-    generated = torch.rand(100, 1, 4, 4, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    preset = FigurePreset(splits=10, draws=100)
-    row = realism(Pixels(1, 1), generated, Films(200, 0, 1), Films(50, 1000, 2), preset)
+    generated, train, held_out = (
+        torch.rand(n, 16, generator=torch.Generator().manual_seed(n)) * 2 - 1 for n in (100, 200, 50)
+    )
+    patients, preset = (torch.arange(200), torch.arange(1000, 1050)), FigurePreset(splits=10, draws=100)
+    row = realism(Features(generated, train, held_out, patients), preset)
     assert row["n"] == 100 and row["fid_ratio"]["value"] == pytest.approx(1, abs=0.3)
     assert row["kid_all"]["low"] < 0 < row["kid_all"]["high"]
     assert row["kid_floor"]["low"] < 0 < row["kid_floor"]["high"]
-    far = realism(Pixels(1, 1), generated * 0.5, Films(200, 0, 1), Films(50, 1000, 2), preset)
+    far = realism(Features(generated * 0.5, train, held_out, patients), preset)
     assert far["fid_ratio"]["low"] > 2 and far["kid_all"]["low"] > 0
+    copies = repeats(Features(train[:50] + 0.01, train, held_out, patients), preset)
+    assert copies["memorises"] and [g for g, t in copies["closest"] if g != t] == []
+    assert copies["generated_to_train"]["value"] == pytest.approx(0.04, abs=1e-3)
+    assert copies["held_out_to_train"]["low"] > 0.5
+    assert not repeats(Features(generated, train, held_out, patients), preset)["memorises"]
 
 
 def test_pairs_of_a_generator_that_does_what_it_is_told():

@@ -31,7 +31,6 @@ from carim_aug.masks import MaskShape, boxes_to_masks, feather
 from carim_aug.models.classifier import ChestClassifier
 from carim_aug.prior import LocationPrior
 from train.classifier import LabelledFilms, scaled
-from train.encoders import Encoder, features_of
 from train.sources import Patients
 
 LOOSE = 1.6  # official boxes are so many times as wide as their nodules
@@ -110,80 +109,87 @@ def one_each(patients: Tensor, stream: torch.Generator) -> Tensor:
     return order[last[torch.randperm(len(names), generator=stream)]]
 
 
-def realism(
-    encoder: Encoder, generated: Tensor, train: LabelledFilms, held_out: LabelledFilms, preset: FigurePreset
-) -> dict[str, Any]:
+@dataclass
+class Features:
+    """One encoder's features of generated, training and held-out films of one class, and whose the real ones are.
+
+    Attributes:
+        generated: (G, D).
+        train: (N, D).
+        held_out: (M, D), of other patients.
+        patients: (N,) and (M,) int64.
+    """
+
+    generated: Tensor
+    train: Tensor
+    held_out: Tensor
+    patients: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(
+        cls, encode: Callable[[Tensor], Tensor], generated: Tensor, train: LabelledFilms, held_out: LabelledFilms
+    ) -> "Features":
+        """Gives the features of generated images [-1, 1], rounded to 8 bits as real films are, and of real films."""
+        made = ((generated + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        parts = [encode(images) for images in (made, train.images, held_out.images)]
+        return cls(*parts, (train.patients, held_out.patients))
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Gives uint8 images as rows of 32 x 32 pixels; see `low_resolution`."""
+    return low_resolution(scaled(images))
+
+
+def realism(features: Features, preset: FigurePreset) -> dict[str, Any]:
     """Gives FID and KID of generated films of one class, beside the real-against-real floor at the same N.
 
     The floor: training films, one of each patient, in two halves of other patients, many times. Generated films are set
     against the same halves, as many of them. KID, which needs no equal N, also against all patients at once with an
     interval, and so for held-out films: what the encoder's having seen the training films costs.
-
-    Args:
-        encoder: of `train.encoders`, in eval mode.
-        generated: (M, 1, S, S), [-1, 1]; rounded to 8 bits as real films are.
-        train: films of the class.
-        held_out: of other patients.
-        preset: numbers.
     """
-    made = features_of(encoder, ((generated + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-    seen, unseen = features_of(encoder, train.images), features_of(encoder, held_out.images)
-    stream = torch.Generator().manual_seed(fold(0, 21))
+    made, stream = features.generated, torch.Generator().manual_seed(fold(0, 21))
     values: dict[str, list[Tensor]] = {"fid": [], "kid": [], "fid_floor": [], "kid_floor": []}
     n = 0
     for _ in range(preset.splits):
-        real = seen[one_each(train.patients, stream)]
+        real = features.train[one_each(features.patients[0], stream)]
         n = min(len(real) // 2, len(made))
         some = made[torch.randperm(len(made), generator=stream)[:n]]
         for name, distance in (("fid", frechet_distance), ("kid", kernel_distance)):
             values[name].append(distance(some, real[:n]))
             values[f"{name}_floor"].append(distance(real[n : 2 * n], real[:n]))
     rows = {name: torch.stack(v) for name, v in values.items()}
-    real, other = (f[one_each(p, stream)] for f, p in ((seen, train.patients), (unseen, held_out.patients)))
-    draws = {"generator": stream, "draws": preset.draws}
+    real = features.train[one_each(features.patients[0], stream)]
+    other = features.held_out[one_each(features.patients[1], stream)]
+    made_range, other_range = (kernel_interval(x, real, generator=stream, draws=preset.draws) for x in (made, other))
     return {
         "n": n,
         **{name: spread(v) for name, v in rows.items()},
         "fid_ratio": spread(rows["fid"] / rows["fid_floor"]),
-        "kid_all": interval(float(kernel_distance(made, real)), kernel_interval(made, real, **draws)),
-        "kid_held_out": interval(float(kernel_distance(other, real)), kernel_interval(other, real, **draws)),
+        "kid_all": interval(float(kernel_distance(made, real)), made_range),
+        "kid_held_out": interval(float(kernel_distance(other, real)), other_range),
         "patients": [len(real), len(other)],
     }
 
 
-def repeats(
-    encoders: dict[str, Encoder], generated: Tensor, train: LabelledFilms, held_out: LabelledFilms, preset: FigurePreset
-) -> dict[str, Any]:
-    """Gives the nearest-neighbour test for memorisation in each encoder's features and in pixels at 32 x 32.
+def repeats(features: Features, preset: FigurePreset) -> dict[str, Any]:
+    """Gives the nearest-neighbour test for memorisation.
 
-    Beside the share: median distances of generated films to their nearest film of training, and of held-out ones to
-    theirs; copies would be nearer than a new patient's films are.
+    Beside the share: distances of generated films to their nearest film of training, and of held-out ones to theirs;
+    copies would be nearer than a new patient's films are.
     """
-    figures = {}
-    for name in [*encoders, "pixels"]:
-        made, seen, unseen = (
-            features_of(encoders[name], images) if name in encoders else low_resolution(as_float(images))
-            for images in (generated, train.images, held_out.images)
-        )
-        stream = torch.Generator().manual_seed(fold(0, 22))
-        patients = (train.patients, held_out.patients)
-        result = memorisation(made, seen, unseen, *patients, generator=stream, draws=preset.draws)
-        new = torch.cdist(unseen.double(), seen.double()).min(dim=1).values
-        closest = (result.to_train / result.to_held_out).argsort()[:4]
-        figures[name] = {
-            "share": interval(result.share, result.interval),
-            "expected": result.expected,
-            "memorises": result.memorises,
-            "generated_to_train": spread(result.to_train),
-            "held_out_to_train": spread(new),
-            "closest": [[int(i), int(result.nearest[i])] for i in closest],
-        }
-    return figures
-
-
-def as_float(images: Tensor) -> Tensor:
-    """Gives images as float in [-1, 1], uint8 or not."""
-    return images if images.is_floating_point() else scaled(images)
+    stream = torch.Generator().manual_seed(fold(0, 22))
+    sets = (features.generated, features.train, features.held_out)
+    result = memorisation(*sets, *features.patients, generator=stream, draws=preset.draws)
+    new = torch.cdist(features.held_out.double(), features.train.double()).min(dim=1).values
+    closest = (result.to_train / result.to_held_out).argsort()[:4]
+    return {
+        "share": interval(result.share, result.interval),
+        "expected": result.expected,
+        "memorises": result.memorises,
+        "generated_to_train": spread(result.to_train),
+        "held_out_to_train": spread(new),
+        "closest": [[int(i), int(result.nearest[i])] for i in closest],
+    }
 
 
 # --- Pairs ---

@@ -6,7 +6,6 @@ settings and code, and read back the next time. Weights given first and second a
 """
 
 import argparse
-import hashlib
 import json
 import math
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,21 @@ from carim_aug.plots import contact_sheet
 from carim_aug.prior import BUNDLED, LocationPrior
 from carim_aug.sealed import read_sealed, write_sealed
 from train.classifier import NODULE, LabelledFilms, read_labelled
-from train.encoders import KINDS, load_encoder
-from train.figures import FigurePreset, Pairs, contrasts, map_figures, matched_pairs, pair_figures, realism, repeats
+from train.encoders import KINDS, features_of, load_encoder
+from train.figures import (
+    Features,
+    FigurePreset,
+    Pairs,
+    contrasts,
+    map_figures,
+    matched_pairs,
+    pair_figures,
+    pixels,
+    realism,
+    repeats,
+)
 from train.figures import share as share_of
+from train.kept import Kept, digest_of
 from train.patches import HeldOut, PatchPreset, held_out_patches, hits, learnt, placed_patches, prior_places, worth
 from train.run import git_commit
 from train.sources import Patients, Source, blob_source, ct_source, graft_source, read_patients, scaled, whole_source
@@ -44,19 +55,6 @@ CLASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda labels: ~labels.any(dim=1),
     "nodule": lambda labels: labels[:, NODULE] > 0,
 }
-CODE: dict[str, tuple[str, ...]] = {
-    "figures": ("figures.py", "encoders.py", "sources.py", "../carim_aug/evaluation/*.py", "../carim_aug/compiled.py"),
-    "patches": ("patches.py", "sources.py", "../carim_aug/evaluation/patches.py", "../carim_aug/compiled.py"),
-    "speed": (
-        "throughput.py",
-        "presets.py",
-        "influence.py",
-        "adversarial.py",
-        "networks.py",
-        "../carim_aug/models/*.py",
-    ),
-}
-"""What a kind of figure is computed by: files whose change makes it anew."""
 
 
 @dataclass(frozen=True)
@@ -88,38 +86,6 @@ PRESETS: dict[str, ReportPreset] = {
         times=1,
     ),
 }
-
-
-class Kept:
-    """Figures on disk, by the hash of what they depend on.
-
-    Args:
-        folder: made if missing.
-        settings: what every figure depends on.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Opens the folder."""
-        self.folder, self.settings, self.computed = folder, settings, 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, name: str, suffix: str, code: str, **settings: Any) -> Path:
-        """Gives the file of a figure of a kind of `CODE` with further settings (plain JSON types)."""
-        files = [path for pattern in CODE[code] for path in sorted(Path(__file__).parent.glob(pattern))]
-        text = json.dumps([name, self.settings, _digest(files), settings], sort_keys=True)
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}"
-
-    def figure(self, name: str, compute: Callable[[], Any], *, code: str = "figures", **settings: Any) -> Any:
-        """Gives a figure, computed if it is not there."""
-        path = self.path(name, ".json", code, **settings)
-        if not path.exists():
-            started = time.monotonic()
-            value = {"figures": compute(), "settings": settings, "seconds": round(time.monotonic() - started, 1)}
-            path.with_suffix(".partial").write_text(json.dumps(value, indent=1))
-            path.with_suffix(".partial").replace(path)
-            self.computed += 1
-            print(f"{name} {value['seconds']:.1f} s", flush=True)
-        return json.loads(path.read_text())["figures"]
 
 
 class Real:
@@ -176,9 +142,10 @@ def of_weights(
 ) -> dict[str, Any]:
     """Gives all figures of one generator but those of the patch classifiers."""
     generator, prior = NoduleGenerator.from_pretrained(folder), prior_of(folder)
-    size, key = generator.image_size, {"weights": generator.weights_hash, "prior": _digest([prior_path(folder)])}
+    size, key = generator.image_size, {"weights": generator.weights_hash, "prior": digest_of([prior_path(folder)])}
     numbers = asdict(preset.figures)
     made: list[Pairs] = []
+    seen: dict[tuple[str, str], Features] = {}
 
     def pairs() -> Pairs:
         if not made:
@@ -189,24 +156,25 @@ def of_weights(
     recipe = generator.provenance.get("recipe") or {}
     figures["recipe"] = {name: recipe.get(name) for name in ("stage", "images_seen", "architecture")}
     files = {kind: Path(options.encoders) / f"{kind}.safetensors" for kind in KINDS}
-    encoders = {kind: load_encoder(path) for kind, path in files.items()}
+
+    def features(name: str, space: str) -> Features:
+        if (name, space) not in seen:
+            images = pairs().nodule if name == "nodule" else pairs().without
+            encode = pixels if space == "pixels" else partial(features_of, load_encoder(files[space]))
+            seen[name, space] = Features.of(encode, images, *real.films(size, name))
+        return seen[name, space]
+
     for name in CLASSES:
-        images = (lambda: pairs().nodule) if name == "nodule" else (lambda: pairs().without)
-        for kind, encoder in encoders.items():
-            figures["realism"][f"{name}, {kind}"] = kept.figure(
-                f"realism-{name}-{kind}",
-                lambda e=encoder, c=name, i=images: realism(e, i(), *real.films(size, c), preset.figures),
-                **key,
-                preset=numbers,
-                encoder=_digest([files[kind]]),
-            )
-        figures["repeats"][name] = kept.figure(
-            f"repeats-{name}",
-            lambda c=name, i=images: repeats(encoders, i(), *real.films(size, c), preset.figures),
-            **key,
-            preset=numbers,
-            encoders=_digest(list(files.values())),
-        )
+        for space in [*KINDS, "pixels"]:
+            told = {**key, "preset": numbers, "encoder": digest_of([files[space]]) if space in files else ""}
+            judged = {"repeats": repeats} if space == "pixels" else {"realism": realism, "repeats": repeats}
+            for part, judge in judged.items():
+                row = kept.figure(
+                    f"{part}-{name}-{space}",
+                    lambda j=judge, n=name, s=space: j(features(n, s), preset.figures),
+                    **told,
+                )
+                figures[part][f"{name}, {space}"] = row
     figures["pairs"] = kept.figure("pairs", lambda: pair_figures(pairs(), preset.figures), **key, preset=numbers)
     ct = CTNodules(options.ct_nodules) if options.ct_nodules else None
     figures["contrasts"] = kept.figure(
@@ -219,7 +187,7 @@ def of_weights(
             lambda: map_figures(pairs(), classifier, preset.figures, finding="Nodule"),
             **key,
             preset=numbers,
-            classifier=_digest([Path(options.classifier)]),
+            classifier=digest_of([Path(options.classifier)]),
         )
     return figures
 
@@ -312,7 +280,7 @@ def pictures(folder: str | None, figures: dict[str, Any], real: Real, preset: Re
     made = matched_pairs(generator, prior, preset.figures)
     for name, images in (("normal", made.without), ("nodule", made.nodule)):
         train, _ = real.films(generator.image_size, name)
-        closest = figures["repeats"][name]["pixels"]["closest"]
+        closest = figures["repeats"][f"{name}, pixels"]["closest"]
         rows = [torch.stack([images[g], scaled(train.images[t])]) for g, t in closest]
         sheets[f"Generated {name} films (above) and their nearest training films (below), in pixels"] = torch.cat(
             [torch.cat(list(F.pad(pair, (2, 2, 2, 2))), dim=1) for pair in rows], dim=2
@@ -331,13 +299,6 @@ def prior_of(folder: str | None) -> LocationPrior:
     return LocationPrior.load(prior_path(folder))
 
 
-def _digest(paths: list[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in paths:
-        sha.update(path.read_bytes())
-    return sha.hexdigest()
-
-
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Computes what is missing, writes all three files, and gives the figures."""
     started, out, preset = time.monotonic(), Path(options.out), PRESETS[options.preset]
@@ -350,7 +311,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     if len(weights) != len(options.weights):
         raise ValueError(f"--weights must be different folders, got {options.weights}")
     tables = sorted(Path(options.data).glob("*.csv"))
-    kept = Kept(out / "kept", {"data": _digest(tables), "test": sorted(options.test)})
+    kept = Kept(out / "kept", {"data": digest_of(tables), "test": sorted(options.test)})
     real = Real(options.data, options.test)
 
     figures: dict[str, Any] = {"test": options.test, "git_commit": git_commit(), "preset": asdict(preset)}

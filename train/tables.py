@@ -76,7 +76,7 @@ def _repeats(weights: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            f"{kind}, {space}",
+            kind,
             spanned(f["share"]),
             number(f["expected"]),
             "yes" if f["memorises"] else "no",
@@ -84,8 +84,7 @@ def _repeats(weights: Mapping[str, Any]) -> list[str]:
             quartiles(f["held_out_to_train"]),
         ]
         for name, figures in weights.items()
-        for kind, spaces in figures["repeats"].items()
-        for space, f in spaces.items()
+        for kind, f in figures["repeats"].items()
     ]
     header = "weights|class, space|nearest film is a training one|expected|more than chance|distance to train"
     return ["## Memorisation: nearest real films", table(header + "|held-out films' distance to train", rows)]
