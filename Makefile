@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check lint test setup wheel bench clean
+.PHONY: demo check lint test setup wheel bench gpu-run clean
 
 demo: setup
 	$(BIN)/carim-aug demo --out demo
@@ -30,6 +30,12 @@ test: setup
 
 bench: setup
 	for f in tests/benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+# From films to weights on a rented GPU: make gpu-run DATA=folder [MINUTES=25] [OUT=runs/gpu] [ARGS="--ct-nodules FILE"]
+MINUTES ?= 25
+OUT ?= runs/gpu
+gpu-run: setup
+	$(BIN)/python -m train.gpu_run --data "$(DATA)" --out "$(OUT)" --minutes $(MINUTES) $(ARGS)
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist
