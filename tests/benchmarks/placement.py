@@ -1,12 +1,11 @@
 """Do grafts lie in their host's own lungs as often as real nodules do, and what does looking cost?
 
-    python tests/benchmarks/placement.py --data FOLDER_IN_CHESTXRAY14_LAYOUT
-
-Real boxes are those of train and val patients, on which `KEPT_OUTSIDE` was set; hosts are normal films of the same.
+Needs ChestX-ray14 films: CARIM_DATA, or ../shared/data beside the checkout, holds nih-cxr14-mini. Real boxes are those of train and val patients, on which `KEPT_OUTSIDE` was set; hosts are normal films of the same.
 """
 
-import argparse
+import os
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,10 +16,13 @@ from carim_aug.placement import grown, placed
 from carim_aug.plan import Planner, Slot
 from carim_aug.prior import LocationPrior
 
+ROOT = Path(__file__).resolve().parents[2]
+N = 1000
 
-def films_of(root: str, split: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+
+def films_of(root: Path, split: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Normal films; boxed films, one for each box; the boxes' centres in [0, 1]."""
-    data = ChestXray14(root, split=split, extra_boxes=f"{root}/ChestX-Det_boxes.csv")
+    data = ChestXray14(root, split=split, extra_boxes=root / "ChestX-Det_boxes.csv")
     normal, boxed, centres = [], [], []
     for i in range(len(data)):
         boxes = data.boxes_relative(i, "Nodule")
@@ -49,24 +51,24 @@ def centres_of(slots: list[Slot]) -> list[Tensor]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--n", type=int, default=1000)
-    args = parser.parse_args()
+    root = Path(os.environ.get("CARIM_DATA", ROOT.parent / "shared" / "data")) / "nih-cxr14-mini"
+    if not root.is_dir():
+        print("no table: set CARIM_DATA to a folder that holds nih-cxr14-mini")
+        return
     prior = LocationPrior.bundled()
-    parts = [films_of(args.data, split) for split in ("train", "val")]
+    parts = [films_of(root, split) for split in ("train", "val")]
     normal, boxed, centres = ([x for part in parts for x in part[k]] for k in range(3))
     stream = torch.Generator().manual_seed(0)
-    hosts = torch.stack([normal[i] for i in torch.randint(len(normal), (args.n,), generator=stream).tolist()])
+    hosts = torch.stack([normal[i] for i in torch.randint(len(normal), (N,), generator=stream).tolist()])
     planner = Planner(prior, seed=0, nodule="Nodule", chances={"Nodule": 1.0})
-    first = [planner.decide((0, 0, i), i, eligible=True) for i in range(args.n)]
+    first = [planner.decide((0, 0, i), i, eligible=True) for i in range(N)]
     started = time.process_time()
     chosen = list(placed(hosts, first, planner))
-    cost = (time.process_time() - started) / args.n * 1e3
+    cost = (time.process_time() - started) / N * 1e3
 
     print("centres in the film's own lungs, grown by two of 64 cells")
     print(f"{f'{len(boxed)} real boxes':40}{share_inside(torch.stack(boxed), centres, prior.field):8.3f}")
-    print(f"{f'{args.n} draws of the prior':40}{share_inside(hosts, centres_of(first), prior.field):8.3f}")
+    print(f"{f'{N} draws of the prior':40}{share_inside(hosts, centres_of(first), prior.field):8.3f}")
     print(f"{'the same, placed by their hosts':40}{share_inside(hosts, centres_of(chosen), prior.field):8.3f}")
     print(f"{'CPU time of a graft':40}{cost:8.1f} ms")
 
