@@ -1,7 +1,7 @@
 """Do grafts lie in their host's own lungs as often as real nodules do, and what does looking cost?
 
-Needs ChestX-ray14 films: CARIM_DATA, or ../shared/data beside the checkout, holds nih-cxr14-mini. Real boxes are those of
-train and val patients, on which `KEPT_OUTSIDE` was set; hosts are normal films of the same.
+Needs ChestX-ray14 films: CARIM_DATA, or ../shared/data beside the checkout, holds nih-cxr14-mini. Real boxes are
+those of train and val patients, on which `KEPT_OUTSIDE` was set; hosts are normal films of the same.
 """
 
 import os
