@@ -390,3 +390,14 @@ def test_an_anchor_needs_weights_to_start_from(phantom_data, templates, tmp_path
     preset = dataclasses.replace(TINY, anchor_weight=1.0)
     with pytest.raises(RunError, match="anchor_weight must be 0 for a run that starts untrained, got 1.0"):
         train_gan(preset, data=phantom_data, ct_nodules=templates, out=tmp_path / "1")
+
+
+def test_boxes_without_ct_nodules_still_train_the_discriminator_of_crops(phantom_data, tmp_path):
+    films, prior = read_films(phantom_data, 32), LocationPrior.bundled()
+    batch = draw_batch(films, prior, None, TINY, seed=0, images_seen=0)
+    # Four normal films with an empty mask, one boxed nodule.
+    assert batch.crops.shape == (5, 2, 8, 8) and not len(batch.differences)
+    assert batch.crops[:4, 1].abs().max() == 0 and batch.crops[4, 1].max() == 1
+    train_gan(dataclasses.replace(TINY, grow_at=()), data=phantom_data, ct_nodules=None, out=tmp_path / "1")
+    line = json.loads((tmp_path / "1" / "log.jsonl").read_text().splitlines()[-1])
+    assert "g_crop" in line and "d_crop" in line and "g_difference" not in line and "g_contrast" not in line

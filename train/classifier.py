@@ -33,7 +33,6 @@ from carim_aug.prior import LocationPrior
 from carim_aug.sealed import digest
 from train.devices import PRECISIONS, Part, agreed, in_first, launched
 from train.labelled import NODULE, LabelledFilms, draw_films, read_labelled, scaled
-from train.labelled import turned as turned
 from train.presets import CLASSIFIERS as PRESETS
 from train.presets import ClassifierPreset, changed
 from train.run import PATIENCE, Run, RunError, TrainingError, git_commit, write_whole

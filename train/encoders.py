@@ -25,7 +25,7 @@ from carim_aug.data.chestxray14 import FINDINGS
 from carim_aug.evaluation.patches import auc
 from carim_aug.keys import fold
 from carim_aug.sealed import read_sealed, write_sealed
-from train.classifier import LabelledFilms, read_labelled, scaled, turned
+from train.labelled import LabelledFilms, read_labelled, scaled, turned
 from train.run import git_commit
 
 KINDS: tuple[str, ...] = ("findings", "contrast")

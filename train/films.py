@@ -190,12 +190,15 @@ def draw_batch(
         shown_crops = crop_at(torch.cat([shown, known_masks], dim=1), known_boxes, crop, jitter(half))
         empty = crop_at(torch.cat([normal, torch.zeros_like(normal)], dim=1), known_boxes, crop, jitter(half))
         crops = torch.cat([shown_crops[: half - half // 4], empty])
-        if films.boxed:
-            chosen = [films.boxed[i] for i in pick(len(films.boxed), half // 4).tolist()]
-            boxes = [b[pick(len(b), 1)] for _, b in chosen]
-            images = scaled(films.nodule[torch.tensor([i for i, _ in chosen], device=device)])
-            maps = torch.cat([images, draw_masks([b for _, b in chosen], size, generator)], dim=1)
-            crops = torch.cat([crops, crop_at(maps, torch.cat(boxes), crop, jitter(half // 4))])
+    if films.boxed and preset.crop_weight > 0:
+        if ct is None:  # boxed and empty crops are then all there are
+            places = torch.stack([b[0] for b in asked])
+            crops = crop_at(torch.cat([normal, torch.zeros_like(normal)], dim=1), places, crop, jitter(half))
+        chosen = [films.boxed[i] for i in pick(len(films.boxed), half // 4).tolist()]
+        boxes = [b[pick(len(b), 1)] for _, b in chosen]
+        images = scaled(films.nodule[torch.tensor([i for i, _ in chosen], device=device)])
+        maps = torch.cat([images, draw_masks([b for _, b in chosen], size, generator)], dim=1)
+        crops = torch.cat([crops, crop_at(maps, torch.cat(boxes), crop, jitter(half // 4))])
 
     classes = torch.cat([torch.ones(half, dtype=torch.int64), torch.zeros(half, dtype=torch.int64)]).to(device)
     asked_boxes = torch.stack([b[0] for b in asked])

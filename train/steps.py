@@ -180,7 +180,7 @@ def train_step(
     if preset.level_weight > 0:
         both = (wrapped.part.gathered(x, fabric) for x in (made.pyramid[-1], reals[-1]))
         drawn["g_level"] = preset.level_weight * level_loss(*both, generator=generator)
-    if preset.contrast_weight > 0 and made.crops is not None:
+    if preset.contrast_weight > 0 and made.differences is not None:
         both = (wrapped.part.gathered(x, fabric) for x in (mean_inside(made.difference, batch.masks), batch.contrasts))
         drawn["g_contrast"] = preset.contrast_weight * spread_loss(*both)
     done = descend(fabric, wrapped.optimizers["generator"], drawn, wrapped.part)
@@ -219,7 +219,7 @@ def generate(
     pairs = torch.cat([with_mask, batch.masks, without, empty, difference_maps(difference, batch.masks)], 1)
     pairs = crop_at(pairs, batch.boxes, crop, wrapped.part.of(jitter).to(pairs.device))
     crops = torch.cat([pairs[:, 0:2], pairs[:, 2:4]])
-    return Generated(pyramid, difference, crops, pairs[:, 4:], anchored)
+    return Generated(pyramid, difference, crops, pairs[:, 4:] if len(batch.differences) else None, anchored)
 
 
 def judging_losses(
@@ -270,6 +270,7 @@ def drawing_losses(
             losses[f"g{d.image_size}"] = preset.film_weight * drawing_loss(d(fake, batch.classes), others)
         if made.crops is not None:
             losses["g_crop"] = preset.crop_weight * lsgan_real(networks.crop(made.crops))
+        if made.differences is not None:
             losses["g_difference"] = preset.difference_weight * lsgan_real(networks.difference(made.differences))
     last = made.pyramid[-1]
     adversarial = losses.get(f"g{last.shape[-1]}", sum(losses.values()))
