@@ -386,6 +386,13 @@ def test_a_phase_for_nodules_alone_keeps_the_films_near_those_at_the_start(phant
     assert 0 < moved[100.0] < moved[0.0]
 
 
+def test_a_phase_in_which_nothing_would_be_judged_is_refused(phantom_data, templates, tmp_path):
+    for more in ({"crop_weight": 0.0, "difference_weight": 0.0, "grow_at": ()}, {"grow_at": (16,)}):
+        preset = dataclasses.replace(TINY, film_weight=0.0, **more)
+        with pytest.raises(RunError, match="preset.film_weight must be > 0 unless crops or differences are judged"):
+            train_gan(preset, data=phantom_data, ct_nodules=templates, out=tmp_path / "1")
+
+
 def test_an_anchor_needs_weights_to_start_from(phantom_data, templates, tmp_path):
     preset = dataclasses.replace(TINY, anchor_weight=1.0)
     with pytest.raises(RunError, match="anchor_weight must be 0 for a run that starts untrained, got 1.0"):

@@ -107,10 +107,10 @@ def train_gan(
         raise RunError(f"weights start stage 1 and start stage 2: give one of them, got {weights!r} and {start!r}")
     if (start is None) != (classifier is None):
         raise RunError(f"start and classifier make stage 2 together, got {start!r} and {classifier!r}")
+    if weights is not None or start is not None:
+        preset = replace(preset, grow_at=())  # all branches are trained already
     check_preset(preset, devices * nodes)
     trained = trained_generator(weights, preset) if weights is not None else None
-    if trained is not None:
-        preset = replace(preset, grow_at=())
     fabric = launched(device, devices=devices, nodes=nodes, precision=precision, unused=bool(preset.grow_at))
     config = ARCHITECTURES[preset.architecture]
     recipe: dict[str, Any] = {

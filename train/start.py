@@ -36,6 +36,15 @@ def check_preset(preset: GANPreset, ranks: int) -> None:
     if len(preset.grow_at) >= ARCHITECTURES[preset.architecture].branches:
         branches = ARCHITECTURES[preset.architecture].branches
         raise RunError(f"preset.grow_at must have fewer entries than branches ({branches}), got {preset.grow_at}")
+    if _unjudged(preset):
+        raise RunError(
+            "preset.film_weight must be > 0 unless crops or differences are judged from the first image on, got 0 with "
+            f"crop_weight {preset.crop_weight}, difference_weight {preset.difference_weight}, grow_at {preset.grow_at}"
+        )
+
+
+def _unjudged(preset: GANPreset) -> bool:
+    return preset.film_weight == 0 and (bool(preset.grow_at) or preset.crop_weight + preset.difference_weight == 0)
 
 
 def check_films(films: Films, ct: CTNodules | None, preset: GANPreset, where: str | Path) -> None:
