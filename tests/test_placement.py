@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import make_mix
+from torch.utils.data import Dataset
 
+from carim_aug.data.phantom import phantom_chest
 from carim_aug.keys import stream
 from carim_aug.placement import KEPT_OUTSIDE, placed
 from carim_aug.plan import Planner
@@ -91,3 +94,40 @@ def test_where_no_draw_suits_the_first_one_stays(monkeypatch):
 def test_acceptance_draws_nothing_from_a_slots_own_stream():
     key = (0, 0, 5)
     assert stream(*key).random() != stream(*key, 0).random()
+
+
+class Chests(Dataset):
+    """Phantom chests without a nodule, framed differently."""
+
+    def __init__(self, n=24):
+        chests = [phantom_chest(64, seed=i) for i in range(n)]
+        self.images = [c.roll((i % 7 - 3, i % 5 - 2), (1, 2)) for i, c in enumerate(chests)]
+        self.targets = [0] * n
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], self.targets[index]
+
+
+def test_grafts_lie_alike_in_any_loader_and_in_the_data_set():
+    def rows(batch_size, **options):
+        mix = make_mix(p=0.7, insertion="graft")
+        loader = mix.loader(Chests(), batch_size=batch_size, **options)
+        return [slot for _ in loader for slot in loader.last_params.slots]
+
+    one = rows(1)
+    assert any(len(slot.key) == 4 for slot in one)  # some were drawn again
+    assert one == rows(7) == rows(24) == rows(5, num_workers=2)
+    wrapped = make_mix(p=0.7, insertion="graft").wrap(Chests())
+    assert one == [wrapped.slot(i) for i in range(24)]
+    unseen = make_mix(p=0.7, insertion="graft", placement="prior").wrap(Chests())
+    assert [s.key[:3] for s in one] == [unseen.slot(i).key for i in range(24)] and one != [
+        unseen.slot(i) for i in range(24)
+    ]
+
+
+def test_an_unknown_placement_is_refused():
+    with pytest.raises(ValueError, match=r"placement must be one of \('host', 'prior'\), got 'lungs'"):
+        make_mix(placement="lungs")
