@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from carim_aug.evaluation.pairs import ring_contrast
 from carim_aug.labels import LabelPolicy
 from carim_aug.masks import feather
 from carim_aug.plan import Slot
@@ -29,28 +30,47 @@ def insert(
     Returns:
         (B, C, H, W), same dtype and device.
     """
-    places = [i for i, slot in enumerate(slots) if slot.synthetic]
-    if not places:
+    chosen = [slot for slot in slots if slot.synthetic]
+    if not chosen:
         return images
-    chosen = [slots[i] for i in places]
+    pixels = render(chosen, images.device, insertion=insertion, renderer=renderer)
+    return put_in(images, slots, pixels, insertion=insertion, value_range=value_range)
+
+
+def put_in(images: Tensor, slots: Sequence[Slot], pixels: Tensor, *, insertion: str, value_range: ValueRange) -> Tensor:
+    """Gives the batch's images with the pixels of the synthetic slots in them; see `insert`.
+
+    Args:
+        images: (B, C, H, W). Never changed.
+        slots: B decisions, at least one synthetic.
+        pixels: (n, 1, S, S), what `render` gave for the synthetic ones.
+        insertion: "whole" or "graft".
+        value_range: of the images.
+    """
+    places = [i for i, slot in enumerate(slots) if slot.synthetic]
     index = torch.tensor(places, device=images.device)
     if insertion == "whole":
-        generated = resize(renderer.whole(chosen, images.device), images.shape[-2:])
-        new = value_range.from_symmetric(generated, channels=images.shape[1], dtype=images.dtype)
+        resized = resize(pixels, images.shape[-2:])
+        new = value_range.from_symmetric(resized, channels=images.shape[1], dtype=images.dtype)
     else:
-        new = graft(images[index], renderer.differences(chosen, images.device), chosen, value_range)
+        new = graft(images[index], pixels, [slots[i] for i in places], value_range)
     mixed = images.clone()
     mixed[index] = new
     return mixed
 
 
+def render(slots: Sequence[Slot], device: torch.device, *, insertion: str, renderer: Renderer) -> Tensor:
+    """Gives whole images, or what grafts add: (n, 1, S, S) float32 on `device`."""
+    return renderer.whole(slots, device) if insertion == "whole" else renderer.differences(slots, device)
+
+
 def graft(images: Tensor, differences: Tensor, slots: Sequence[Slot], value_range: ValueRange) -> Tensor:
-    """Gives x + feather(C) * (G(z, C) - G(z, 0)), equal to x wherever the feathered mask is 0.
+    """Gives x + strength * feather(C) * (G(z, C) - G(z, 0)), equal to x wherever the feathered mask is 0.
 
     Args:
         images: (n, C, H, W) in `value_range`.
         differences: (n, 1, S, S) float, [-2, 2].
-        slots: n slots; their boxes say where.
+        slots: n slots; their boxes say where, their strengths how much.
         value_range: of the images; the result is clamped to it where it changed.
 
     Returns:
@@ -58,13 +78,36 @@ def graft(images: Tensor, differences: Tensor, slots: Sequence[Slot], value_rang
     """
     height, width = images.shape[-2:]
     weight = feather([s.boxes_at(height, width) for s in slots], (height, width)).to(images.device)
-    added = weight * resize(differences, (height, width))
+    added = weight * strengths(slots, images.device) * resize(differences, (height, width))
     added = value_range.scale_difference(added, channels=images.shape[1], dtype=images.dtype)
     low, high = value_range.bounds(images.shape[1], like=images)
     changed = torch.minimum(torch.maximum(images.to(added.dtype) + added, low), high)
     if not images.dtype.is_floating_point:
         changed = changed.round()
     return torch.where(weight > 0, changed.to(images.dtype), images)
+
+
+def strengths(slots: Sequence[Slot], device: torch.device) -> Tensor:
+    """Gives the slots' strengths, (n, 1, 1, 1) float32."""
+    return torch.tensor([slot.strength for slot in slots], dtype=torch.float32, device=device)[:, None, None, None]
+
+
+def contrasts(differences: Tensor, slots: Sequence[Slot]) -> Tensor:
+    """Gives how much a graft brightens its nodules: ellipse minus ring of what is added, mean over the slot's boxes.
+
+    Args:
+        differences: (n, 1, S, S) float, [-2, 2].
+        slots: n slots with boxes.
+
+    Returns:
+        (n,) float32, in units of the [-1, 1] image, at the generator's size.
+    """
+    size = differences.shape[-1]
+    boxes = [slot.boxes_at(size, size) for slot in slots]
+    added = differences.cpu() * feather(boxes, size) * strengths(slots, torch.device("cpu"))
+    counts = [len(of_slot) for of_slot in boxes]
+    each = ring_contrast(added.repeat_interleave(torch.tensor(counts), dim=0), torch.cat(boxes)).contrast
+    return torch.stack([part.mean() for part in each.split(counts)])
 
 
 def relabel(labels: Any, slots: Sequence[Slot], *, insertion: str, policy: LabelPolicy) -> Any:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, default_collate
 
-from carim_aug.insertion import insert, relabel
+from carim_aug.filler import Filler
 from carim_aug.keys import fold
 from carim_aug.layouts import ImageError, Layout, LayoutError, check_images
 from carim_aug.plan import MixParams, Slot, check_epoch, check_state
-from carim_aug.ranges import ValueRange
-from carim_aug.render import Renderer
 from carim_aug.wrapped import PlannedDataset
 
 
@@ -25,9 +23,7 @@ class MixLoader:
 
     Args:
         planned: data set and decisions.
-        renderer: generates.
-        value_range: of the images.
-        weights_hash: of the generator.
+        filler: of the slots.
         on_batch: called with each batch's `MixParams` before it is handed out.
         batch_size: samples of a batch.
         shuffle: whether to shuffle, by (seed, epoch) alone.
@@ -41,10 +37,8 @@ class MixLoader:
     def __init__(
         self,
         planned: PlannedDataset,
-        renderer: Renderer,
-        value_range: ValueRange,
+        filler: Filler,
         *,
-        weights_hash: str,
         on_batch: Callable[[MixParams], None],
         batch_size: int | None = 1,
         shuffle: bool = False,
@@ -68,8 +62,7 @@ class MixLoader:
             )
         if sampler is not None and shuffle:
             raise ValueError("shuffle must be False with a sampler, got True")
-        self._planned, self._renderer, self._range = planned, renderer, value_range
-        self._weights_hash, self._on_batch = weights_hash, on_batch
+        self._planned, self._filler, self._on_batch = planned, filler, on_batch
         # The order has a generator of its own: DataLoader draws from the other one, but not at every epoch.
         self._order, self._seeds = torch.Generator(), torch.Generator()
         if batch_sampler is None:
@@ -175,12 +168,12 @@ class MixLoader:
 
     def _ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, MixParams]]:
         """Renders each batch; on CUDA one batch ahead of its use, on a stream of its own."""
-        device = self._renderer.device
+        device = self._filler.renderer.device
         if device is None or device.type != "cuda":
             for batch, slots in batches:
                 yield self._mixed(batch, slots)
             return
-        self._renderer.check_device(device)
+        self._filler.renderer.check_device(device)
         side = torch.cuda.Stream(device)
         waiting: tuple[Any, MixParams, torch.cuda.Event] | None = None
         for batch, slots in batches:
@@ -200,7 +193,7 @@ class MixLoader:
 
     def _hand_over(self, waiting: tuple[Any, MixParams, torch.cuda.Event]) -> tuple[Any, MixParams]:
         batch, params, done = waiting
-        current = torch.cuda.current_stream(self._renderer.device)
+        current = torch.cuda.current_stream(self._filler.renderer.device)
         current.wait_event(done)
         for tensor in self._on_cuda(batch):
             tensor.record_stream(current)
@@ -223,18 +216,14 @@ class MixLoader:
         images, labels = layout.get(batch)
         check_images(images, batch=True)
         pixels = torch.as_tensor(images).as_subclass(Tensor)
-        self._range.check(pixels)
+        self._filler.value_range.check(pixels)
         if len(pixels) != len(slots):
             raise ValueError(f"collate_fn must keep all {len(slots)} samples of a batch, got {len(pixels)} images")
-        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        slots = planned.placed(pixels, slots)
-        params = MixParams(slots, planned.insertion, size, self._weights_hash)
-        if not any(slot.synthetic for slot in slots):
-            return batch, params
-        planned.policy.check(labels)
-        new = insert(pixels, slots, insertion=planned.insertion, renderer=self._renderer, value_range=self._range)
-        marked = relabel(labels, slots, insertion=planned.insertion, policy=planned.policy)
-        return layout.put(batch, new, marked), params
+        settled = self._filler.settle(pixels, slots, planned.planner)
+        if any(slot.synthetic for slot in settled.slots):
+            planned.policy.check(labels)
+        new, marked, params = self._filler.fill(pixels, labels, settled, planned.policy)
+        return (batch if new is pixels else layout.put(batch, new, marked)), params
 
 
 class _FromStep(Sampler[list[int]]):

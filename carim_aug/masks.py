@@ -56,26 +56,29 @@ def boxes_to_masks(boxes: Sequence[Tensor], size: Size, *, shape: MaskShape = "b
     return masks[:, None].float()
 
 
-def feather(boxes: Sequence[Tensor], size: Size, *, margin: float = 0.25) -> Tensor:
+def feather(boxes: Sequence[Tensor], size: Size, *, margin: float = 0.05) -> Tensor:
     """How much of a graft comes in at each pixel: 1 inside the nodule, falling smoothly to exactly 0 around the box.
 
-    With r the elliptical radius (1 on the ellipse inscribed in the box), the weight is 1 for r <= 1, a raised cosine
-    for 1 < r < 1 + 2 margin, and 0 from there on; r = 1 + 2 margin is the ellipse inscribed in the box grown by
-    `margin` of its width and height on each side, so nothing outside that grown box changes. Used by
-    insertion="graft": x + feather * (G(z, C) - G(z, 0)).
+    With r the elliptical radius (1 on the ellipse inscribed in the box), the weight is 1 for r <= 1 - 2 margin, a
+    raised cosine through 1/2 at r = 1, and 0 from r = 1 + 2 margin on, the ellipse inscribed in the box grown by
+    `margin` of its width and height on each side; so nothing outside that grown box changes. With the default, on
+    average 99.8 % of a graft's |difference| lie in the box itself (at 256 pixels; `tests/benchmarks/grafts.py`). Used
+    by insertion="graft": x + feather * (G(z, C) - G(z, 0)).
 
     Args:
         boxes: one (k_i, 4) tensor per image, XYXY in pixels; k_i may be 0 (all weights 0).
         size: of the weights in pixels, int or (height, width).
-        margin: width of the seam in fractions of the box's width and height, >= 0 (0: a hard edge).
+        margin: half the width of the seam in fractions of the box's width and height, in [0, 0.5] (0: a hard edge).
 
     Returns:
         (n, 1, H, W) float32 in [0, 1], on the boxes' device; overlapping boxes take the larger weight.
 
     Raises:
-        ValueError: a bad box (as in `boxes_to_masks`), or a negative or infinite margin.
+        ValueError: a bad box (as in `boxes_to_masks`), or a margin outside [0, 0.5].
     """
     margin = _fraction("margin", margin)
+    if margin > 0.5:
+        raise ValueError(f"margin must be in [0, 0.5], got {margin}")
     height, width = as_size(size)
     packed = _pack(boxes, (height, width))
     weights = packed.new_zeros(len(packed), height, width)
@@ -83,7 +86,7 @@ def feather(boxes: Sequence[Tensor], size: Size, *, margin: float = 0.25) -> Ten
         x, y = _offsets(box, height, width)
         radius = (x[:, None, :] ** 2 + y[:, :, None] ** 2).sqrt()
         if margin > 0:
-            along = ((radius - 1) / (2 * margin)).clamp(0, 1)
+            along = ((radius - 1 + 2 * margin) / (4 * margin)).clamp(0, 1)
             weight = torch.where(along < 1, 0.5 + 0.5 * torch.cos(math.pi * along), 0)
         else:
             weight = (radius <= 1).to(radius.dtype)

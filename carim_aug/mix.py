@@ -1,7 +1,6 @@
 """`SyntheticNoduleMix`: synthetic lung nodules in a classifier's batches, used as v2.CutMix is (DESIGN 2)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,25 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from carim_aug.checkpoint import PRIOR, fetch
+from carim_aug.filler import Filler, Settled
+from carim_aug.gate import Gates
 from carim_aug.hub import NoduleGenerator
-from carim_aug.insertion import insert, relabel
 from carim_aug.keys import LIMIT
 from carim_aug.labels import LabelPolicy
 from carim_aug.layouts import Layout, check_images
 from carim_aug.loader import MixLoader
 from carim_aug.masks import boxes_to_masks
-from carim_aug.placement import PLACEMENTS, placed
-from carim_aug.plan import INSERTIONS, MixParams, Planner, added_counts, check_chances, check_epoch, check_state
+from carim_aug.placement import Placement, check_placement
+from carim_aug.plan import (
+    INSERTIONS,
+    MixParams,
+    Planner,
+    added_counts,
+    chances_of,
+    check_epoch,
+    check_state,
+    check_strength,
+)
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
@@ -40,14 +49,20 @@ class SyntheticNoduleMix(v2.Transform):
         generator: noise and mask to images.
         prior: where nodules are drawn.
         p: chance that an eligible slot becomes a synthetic nodule, in [0, 1]; or a dict from class to chance (synthetic
-            normal images too). Default 0.5 where neither this nor the next two are given.
+            normal images too); or a function from the epoch to either (`carim_aug.schedules`). Default 0.5 where
+            neither this nor the next two are given.
         n_synthetic: class to number of samples ADDED to the data set (A and B).
         sampling_strategy: imbalanced-learn's words, a ratio, a dict of TOTALS or a callable (A and B); see
             `carim_aug.plan.added_counts`.
         insertion: "whole": a generated image takes the slot. "graft": the real image stays and gets
             x + feather(C) * (G(z, C) - G(z, 0)).
         placement: of grafts: "host" looks at each image and draws a place outside its lungs again two times in three,
-            about as real nodules lie (`carim_aug.placement`); "prior" takes the first draw, unseen.
+            about as real nodules lie (`carim_aug.placement`); "prior" takes the first draw, unseen; a function from an
+            image (1, C, H, W) to a mask (1, 1, h, w) keeps nodules in your own masks.
+        strength: of grafts: their difference times this, in (0, 4], or (least, most) to draw from; below 1 for subtler
+            nodules. What came of it is in `last_params.contrasts`.
+        gate: which nodules are good enough: a function, a `carim_aug.gate.Gate`, or a list of them. Rejected ones are
+            drawn again; `gate_report()` counts.
         labels: a `LabelPolicy`, or its kind; "auto" reads the first labels seen.
         layout: where image and label sit in a sample: "auto", or a pair of keys or positions.
         value_range: of the images: "auto" (uint8: [0, 255]; float: [0, 1]), "imagenet", "symmetric" ([-1, 1]), "xrv"
@@ -69,11 +84,13 @@ class SyntheticNoduleMix(v2.Transform):
         generator: NoduleGenerator,
         prior: LocationPrior,
         *,
-        p: float | Mapping[str, float] | None = None,
+        p: float | Mapping[str, float] | Callable[[int], Any] | None = None,
         n_synthetic: Mapping[str, int] | None = None,
         sampling_strategy: str | float | Mapping[str, int] | Callable[[Any], Any] | None = None,
         insertion: str = "whole",
-        placement: str = "host",
+        placement: Placement = "host",
+        strength: float | tuple[float, float] = 1.0,
+        gate: Any = None,
         labels: LabelPolicy | str = "auto",
         layout: Any = "auto",
         value_range: Any = "auto",
@@ -92,8 +109,6 @@ class SyntheticNoduleMix(v2.Transform):
             raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
         if insertion not in INSERTIONS:
             raise ValueError(f"insertion must be one of {INSERTIONS}, got {insertion!r}")
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
         how = {"p": p, "n_synthetic": n_synthetic, "sampling_strategy": sampling_strategy}
         given = [name for name, value in how.items() if value is not None]
         if len(given) > 1:
@@ -107,17 +122,20 @@ class SyntheticNoduleMix(v2.Transform):
         self._policy = labels if isinstance(labels, LabelPolicy) else LabelPolicy(labels)
         if p is None and not given:
             p = 0.5
-        chances = {} if p is None else check_chances(p, self._policy)
-        if insertion == "graft" and chances.get(self._policy.normal, 0) > 0:
+        chances = chances_of(p, self._policy)
+        first = chances(0) if callable(chances) else chances
+        if insertion == "graft" and first.get(self._policy.normal, 0) > 0:
             raise ValueError(f"p must not name {self._policy.normal!r} with insertion='graft', which adds nodules only")
         if not callable(sampling_strategy):  # words, numbers and classes can be checked before there are counts
             added_counts({}, self._policy, n_synthetic=n_synthetic, sampling_strategy=sampling_strategy)
 
-        self.p: float | Mapping[str, float] | None = p
+        self.p = p
         self.n_synthetic, self.sampling_strategy = n_synthetic, sampling_strategy
-        self.insertion, self.placement, self.seed = insertion, placement, seed
+        self.insertion, self.placement, self.seed = insertion, check_placement(placement), seed
+        self.strength = check_strength(strength)
         self.eligible, self.layout = eligible, layout
         self.value_range = ValueRange.of(value_range)
+        self._gates = None if gate is None else Gates(gate)
         # Held in a tuple: a module attribute would make the generator part of a user's model.
         self._held = (generator, prior)
         self._renderer = Renderer(generator, device=device, dtype=dtype, batch_size=render_batch_size, compile=compile)
@@ -209,8 +227,23 @@ class SyntheticNoduleMix(v2.Transform):
 
     @property
     def _planner(self) -> Planner:
-        chances = {} if self.p is None else check_chances(self.p, self._policy)
-        return Planner(self.prior, seed=self.seed, nodule=self._policy.nodule, chances=chances)
+        return Planner(
+            self.prior,
+            seed=self.seed,
+            nodule=self._policy.nodule,
+            chances=chances_of(self.p, self._policy),
+            strength=self.strength,
+        )
+
+    def _filler(self, insertion: str) -> Filler:
+        return Filler(
+            self._renderer,
+            self.value_range,
+            insertion=insertion,
+            placement=self.placement,
+            gates=self._gates,
+            weights_hash=self.weights_hash,
+        )
 
     # --- A and B ---
     def wrap(self, dataset: Dataset) -> MixedDataset:
@@ -219,7 +252,7 @@ class SyntheticNoduleMix(v2.Transform):
         Args:
             dataset: map-style; items are tuples or dicts of an image (C, H, W) and a label, and anything else.
         """
-        return MixedDataset(self._planned(dataset, self._epoch), self._renderer, self.value_range)
+        return MixedDataset(self._planned(dataset, self._epoch), self._filler(self.insertion))
 
     def loader(self, dataset: Dataset, batch_size: int | None = 1, **options: Any) -> MixLoader:
         """Gives a loader of mixed batches (A): planned in the workers, generated in this process on `device`.
@@ -232,14 +265,18 @@ class SyntheticNoduleMix(v2.Transform):
         epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         planned = self._planned(dataset, epoch)
         return MixLoader(
-            planned,
-            self._renderer,
-            self.value_range,
-            weights_hash=self.weights_hash,
-            on_batch=self._remember,
-            batch_size=batch_size,
-            **options,
+            planned, self._filler(self.insertion), on_batch=self._remember, batch_size=batch_size, **options
         )
+
+    def gate_report(self) -> dict[str, Any]:
+        """Gives what the gate has done so far; see `carim_aug.gate.Gates.report`.
+
+        Raises:
+            ValueError: the mix has no gate.
+        """
+        if self._gates is None:
+            raise ValueError("gate must be given to have a report, got None")
+        return self._gates.report()
 
     def class_counts(self, dataset: Dataset) -> dict[str, dict[str, int]]:
         """Gives real, synthetic and total samples per class, before training; see `PlannedDataset.class_counts`."""
@@ -258,7 +295,7 @@ class SyntheticNoduleMix(v2.Transform):
             policy=self._policy,
             layout=self.layout,
             insertion=self.insertion,
-            placement=self.placement,
+            strength=self.strength,
             eligible=self.eligible,
             n_synthetic=self.n_synthetic,
             sampling_strategy=self.sampling_strategy,
@@ -290,9 +327,8 @@ class SyntheticNoduleMix(v2.Transform):
             planner.decide((self.seed, epoch, start + i, *more), i, eligible=ok) for i, ok in enumerate(allowed)
         )
         self._step += len(slots)
-        if self.insertion == "graft" and self.placement == "host":
-            slots = placed(images, slots, planner)
-        return MixParams(slots, self.insertion, tuple(images.shape[-2:]), self.weights_hash)
+        settled = self._filler(self.insertion).settle(images, slots, planner)
+        return MixParams(settled.slots, self.insertion, tuple(images.shape[-2:]), self.weights_hash)
 
     def forward(self, *inputs: Any, params: MixParams | None = None) -> Any:
         """Mixes a batch.
@@ -323,7 +359,6 @@ class SyntheticNoduleMix(v2.Transform):
         layout = Layout.of(sample, self.layout)
         images, labels = layout.get(sample)
         check_images(images, batch=True)
-        size = (int(images.shape[-2]), int(images.shape[-1]))
         pixels = torch.as_tensor(images).as_subclass(Tensor)
         self.value_range.check(pixels)
         check_order(self._policy, layout, labels)
@@ -335,16 +370,9 @@ class SyntheticNoduleMix(v2.Transform):
             params = self.make_params([pixels, labels])
         elif len(params.slots) != len(pixels):
             raise ValueError(f"params must be of {len(pixels)} slots, got {len(params.slots)}")
-        else:
-            params = replace(params, size=size, weights_hash=self.weights_hash)
-        self.last_params = params
-        if not any(slot.synthetic for slot in params.slots):
-            return sample
-        mixed = insert(
-            pixels, params.slots, insertion=params.insertion, renderer=self._renderer, value_range=self.value_range
-        )
-        marked = relabel(labels, params.slots, insertion=params.insertion, policy=policy)
-        return layout.put(sample, mixed, marked)
+        filler = self._filler(params.insertion)
+        mixed, marked, self.last_params = filler.fill(pixels, labels, Settled(params.slots, {}), policy)
+        return sample if mixed is pixels else layout.put(sample, mixed, marked)
 
     # --- Provenance and state ---
     def regenerate(self, key: tuple[int, ...], class_name: str | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """What becomes of each slot of a batch: a pure function of (seed, epoch, index), without weights or GPU (DESIGN 1)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Slot:
         noise_seed: of the noise vector z, 0 to 2**63 - 1.
         boxes: (k, 4) float32 XYXY as parts of the image's width and height; none for a normal image.
         host: place in the data set of the real sample that is replaced, or into which the nodule is grafted.
+        strength: of a graft: its difference is multiplied by this.
+        score: that the gate gave the slot; NaN without a gate.
     """
 
     key: tuple[int, ...]
@@ -35,6 +38,8 @@ class Slot:
     noise_seed: int
     boxes: np.ndarray
     host: int
+    strength: float = 1.0
+    score: float = math.nan
 
     @property
     def synthetic(self) -> bool:
@@ -45,8 +50,12 @@ class Slot:
         """Gives the boxes (k, 4) float32, XYXY in pixels of an image of this size."""
         return torch.tensor(self.boxes * np.array([width, height, width, height], dtype=np.float32))
 
+    def real(self) -> "Slot":
+        """Gives the slot with the real sample left in it."""
+        return Slot(self.key, None, 0, NO_BOXES, self.host)
+
     def __eq__(self, other: object) -> bool:
-        """Says whether two slots are the same decision, boxes bit for bit."""
+        """Says whether two slots are the same decision, boxes bit for bit; a gate's score is none."""
         return isinstance(other, Slot) and self._parts() == other._parts()
 
     def __hash__(self) -> int:
@@ -54,7 +63,7 @@ class Slot:
         return hash(self._parts())
 
     def _parts(self) -> tuple[Any, ...]:
-        return self.key, self.class_name, self.noise_seed, self.boxes.tobytes(), self.host
+        return self.key, self.class_name, self.noise_seed, self.boxes.tobytes(), self.host, self.strength
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,17 @@ class MixParams:
         insertion: "whole" or "graft".
         size: height and width of the batch's images, in pixels.
         weights_hash: SHA-256 of the generator's tensors.
+        contrasts: (B,) float32: how much brighter each graft made its ellipses than the rings about them, in units of
+            the [-1, 1] image, mean over the slot's nodules; NaN where nothing was grafted.
+        sizes: height and width of each image where they differ within the batch (detection).
     """
 
     slots: tuple[Slot, ...]
     insertion: str
     size: tuple[int, int]
     weights_hash: str
+    contrasts: Tensor | None = field(default=None, compare=False)
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     @property
     def synthetic(self) -> Tensor:
@@ -89,23 +103,44 @@ class MixParams:
         return [s.key for s in self.slots]
 
     @property
+    def gate_scores(self) -> Tensor:
+        """(B,) float32 scores of the gate; NaN where it judged nothing."""
+        return torch.tensor([s.score for s in self.slots], dtype=torch.float32)
+
+    @property
+    def strengths(self) -> Tensor:
+        """(B,) float32: what each graft's difference was multiplied by."""
+        return torch.tensor([s.strength for s in self.slots], dtype=torch.float32)
+
+    @property
     def classes(self) -> list[str | None]:
         """B class names, None for real slots."""
         return [s.class_name for s in self.slots]
 
     @property
     def boxes(self) -> list[Tensor]:
-        """B tensors (k, 4) float32: inserted boxes, XYXY in pixels of `size`; (0, 4) for real and normal slots."""
-        return [s.boxes_at(*self.size) for s in self.slots]
+        """B tensors (k, 4) float32: inserted boxes, XYXY in pixels of their image; (0, 4) for real and normal slots."""
+        sizes = self.sizes or (self.size,) * len(self.slots)
+        return [slot.boxes_at(*size) for slot, size in zip(self.slots, sizes, strict=True)]
 
     @property
     def masks(self) -> Tensor:
-        """(B, 1, H, W) float32 in {0, 1}: the inserted boxes as masks."""
-        return boxes_to_masks(self.boxes, self.size)
+        """(B, 1, H, W) float32 in {0, 1}: the inserted boxes as masks.
+
+        Raises:
+            ValueError: images of several sizes.
+        """
+        if self.sizes is not None and len(set(self.sizes)) > 1:
+            raise ValueError(f"images must be of one size to have masks in one tensor, got {sorted(set(self.sizes))}")
+        return boxes_to_masks(self.boxes, self.sizes[0] if self.sizes else self.size)
 
 
 NO_BOXES = np.zeros((0, 4), dtype=np.float32)
 NO_BOXES.setflags(write=False)
+
+
+Chances = Mapping[str, float] | Callable[[int], Mapping[str, float]]
+"""Class to chance for slots that may be replaced, together at most 1; or a function of the epoch that gives such."""
 
 
 class Planner:
@@ -115,18 +150,39 @@ class Planner:
         prior: where nodules are drawn.
         seed: of all decisions.
         nodule: the nodule class's name.
-        chances: class to chance, for slots that may be replaced; together at most 1.
+        chances: of each class.
+        strength: least and most strength of a graft.
     """
 
-    def __init__(self, prior: LocationPrior, *, seed: int, nodule: str, chances: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        prior: LocationPrior,
+        *,
+        seed: int,
+        nodule: str,
+        chances: Chances,
+        strength: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         """Keeps the numbers; draws nothing."""
-        self.prior, self.seed, self.nodule = prior, seed, nodule
-        self.chances = dict(chances)
-        self._steps: list[tuple[float, str]] = []
-        total = 0.0
-        for name, chance in chances.items():
-            total += chance
-            self._steps.append((total, name))
+        self.prior, self.seed, self.nodule, self.strength = prior, seed, nodule, strength
+        self.chances = chances
+        self._steps: dict[int, list[tuple[float, str]]] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether any real slot can be replaced, in some epoch."""
+        return callable(self.chances) or bool(self.chances)
+
+    def steps(self, epoch: int) -> list[tuple[float, str]]:
+        """Gives the running sums of the chances of an epoch, with their classes."""
+        epoch = epoch if callable(self.chances) else 0
+        if epoch not in self._steps:
+            total, steps = 0.0, []
+            for name, chance in (self.chances(epoch) if callable(self.chances) else self.chances).items():
+                total += chance
+                steps.append((total, name))
+            self._steps = {epoch: steps}  # the last one only: epochs come one after the other
+        return self._steps[epoch]
 
     def decide(self, key: tuple[int, ...], host: int, *, eligible: bool) -> Slot:
         """Gives the fate of a real sample.
@@ -136,10 +192,11 @@ class Planner:
             host: its place in the data set.
             eligible: whether it may be replaced.
         """
-        if eligible and self._steps:
+        steps = self.steps(key[1]) if eligible else ()
+        if steps:
             rng = stream(*key)
             u, _ = rng.random(2).tolist()
-            for limit, name in self._steps:
+            for limit, name in steps:
                 if u < limit:
                     return self.draw(key, name, host, rng)
         return Slot(key, None, 0, NO_BOXES, host)
@@ -158,10 +215,12 @@ class Planner:
         return self.draw(key, class_name, host, rng)
 
     def draw(self, key: tuple[int, ...], class_name: str, host: int, rng: np.random.Generator) -> Slot:
-        """Gives a synthetic slot: noise seed first, then boxes if it is of the nodule class."""
+        """Gives a synthetic slot: noise seed first, then boxes if it is of the nodule class, then strength."""
         noise_seed = rng.bit_generator.random_raw() >> 1  # 63 bits
         boxes = self.prior.draw(rng) if class_name == self.nodule else NO_BOXES
-        return Slot(key, class_name, noise_seed, boxes, host)
+        low, high = self.strength
+        strength = low if low == high else low + (high - low) * rng.random()
+        return Slot(key, class_name, noise_seed, boxes, host, strength)
 
     def regenerate(self, key: tuple[int, ...], class_name: str) -> Slot:
         """Gives the synthetic slot of a key again, with no data set at hand (host -1).
@@ -279,6 +338,55 @@ def check_chances(p: Any, policy: LabelPolicy) -> dict[str, float]:
     if sum(chances.values()) > 1 + 1e-9:
         raise ValueError(f"p must not exceed 1 over all classes together, got {sum(chances.values())}")
     return chances
+
+
+def chances_of(p: Any, policy: LabelPolicy) -> Chances:
+    """Gives class chances under the policy's names from what `SyntheticNoduleMix` takes as p.
+
+    Args:
+        p: a number, a dict, a function from the epoch to one of these, or None for no chance at all.
+        policy: names the classes.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: a chance or class that breaks its rule; of a function, that of epoch 0 is checked here.
+    """
+    if p is None:
+        return {}
+    if not callable(p):
+        return check_chances(p, policy)
+    check_chances(p(0), policy)
+    return Scheduled(p, policy)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Chances by epoch; a class, so that spawned workers can have it.
+
+    Attributes:
+        p: from the epoch, from 0, to a chance or a dict of them.
+        policy: names the classes.
+    """
+
+    p: Callable[[int], Any]
+    policy: LabelPolicy
+
+    def __call__(self, epoch: int) -> dict[str, float]:
+        """Gives class to chance of an epoch."""
+        return check_chances(self.p(epoch), self.policy)
+
+
+def check_strength(strength: Any) -> tuple[float, float]:
+    """Gives least and most strength from a number or a pair of them.
+
+    Raises:
+        ValueError: not 0 < least <= most <= 4.
+    """
+    pair = (strength, strength) if isinstance(strength, NUMBERS) else strength
+    fits = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(s, NUMBERS) for s in pair)
+    if not fits or isinstance(strength, bool) or not 0 < pair[0] <= pair[1] <= 4:
+        raise ValueError(f"strength must be a number in (0, 4] or (least, most), got {strength!r}")
+    return float(pair[0]), float(pair[1])
 
 
 def check_epoch(epoch: Any) -> int:

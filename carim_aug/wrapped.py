@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,14 +12,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
-from carim_aug.insertion import insert
+from carim_aug.filler import Filler, Settled
 from carim_aug.labels import LabelError, LabelPolicy
 from carim_aug.layouts import Layout, check_images
-from carim_aug.placement import placed
-from carim_aug.plan import Planner, Slot, added_counts, check_chances, check_epoch
+from carim_aug.plan import Planner, Slot, added_counts, chances_of, check_epoch
 from carim_aug.prior import LocationPrior
-from carim_aug.ranges import ValueRange
-from carim_aug.render import Renderer
 
 
 class PlannedDataset(Dataset):
@@ -31,11 +28,11 @@ class PlannedDataset(Dataset):
         dataset: a map-style data set.
         prior: where nodules are drawn.
         seed: of all decisions.
-        p: chance, or class to chance, of eligible slots; None: none.
+        p: chance, or class to chance, of eligible slots, or a function of the epoch that gives such; None: none.
         policy: of the labels; takes the class names that the data set brings along.
         layout: where image and label sit, see `Layout.of`.
         insertion: "whole" or "graft".
-        placement: of `carim_aug.placement.PLACEMENTS`, for grafts.
+        strength: least and most strength of a graft.
         eligible: which labels may be replaced; None: the larger of the normal and the nodule class where labels can be
             counted without loading images, else the normal class.
         n_synthetic: class to number added.
@@ -50,11 +47,11 @@ class PlannedDataset(Dataset):
         prior: LocationPrior,
         *,
         seed: int,
-        p: float | Mapping[str, float] | None,
+        p: Any,
         policy: LabelPolicy,
         layout: Any,
         insertion: str,
-        placement: str,
+        strength: tuple[float, float],
         eligible: Callable[[Any], bool] | None,
         n_synthetic: Mapping[str, int] | None,
         sampling_strategy: Any,
@@ -70,7 +67,7 @@ class PlannedDataset(Dataset):
             )
         if len(dataset) == 0:  # type: ignore[arg-type]
             raise ValueError("dataset must hold at least one sample, got 0")
-        self.dataset, self.insertion, self.placement = dataset, insertion, placement
+        self.dataset, self.insertion = dataset, insertion
         self.epoch, self.enabled = epoch, enabled
         self._count = len(dataset)  # type: ignore[arg-type]
 
@@ -84,8 +81,8 @@ class PlannedDataset(Dataset):
         check_order(told, self.layout, label)
         self.policy = told.resolve(label, batch=False)
         self.policy.check(label, batch=False)
-        chances = {} if p is None else check_chances(p, self.policy)
-        self.planner = Planner(prior, seed=seed, nodule=self.policy.nodule, chances=chances)
+        chances = chances_of(p, self.policy)
+        self.planner = Planner(prior, seed=seed, nodule=self.policy.nodule, chances=chances, strength=strength)
         self._classes: list[str] | None = None
         self._labels: Any = None
         self._eligible = eligible
@@ -160,12 +157,6 @@ class PlannedDataset(Dataset):
         self.policy.check(label, batch=False)
         return sample, self.slot(index, self.eligible(label))
 
-    def placed(self, images: Tensor, slots: Sequence[Slot]) -> tuple[Slot, ...]:
-        """Gives the slots as their hosts (B, C, H, W) want them; see `carim_aug.placement`."""
-        if self.insertion != "graft" or self.placement != "host":
-            return tuple(slots)
-        return placed(images, slots, self.planner)
-
     def eligible(self, label: Any) -> bool:
         """Says whether a real sample with this label may be replaced."""
         if self._eligible is not None:
@@ -193,7 +184,7 @@ class PlannedDataset(Dataset):
             for end, name in self._added:
                 counts[name]["synthetic"] += end - start
                 start = end
-            if self.planner.chances:
+            if self.planner.active:
                 for index, name in enumerate(self._all_classes()):
                     allowed = self.eligible(self._labels[index]) if self._eligible else name == self._eligible_class
                     slot = self.slot(index, allowed, epoch)
@@ -258,13 +249,12 @@ class MixedDataset(Dataset):
 
     Args:
         planned: decisions.
-        renderer: generates, one slot at a time.
-        value_range: of the images.
+        filler: of the slots, one at a time.
     """
 
-    def __init__(self, planned: PlannedDataset, renderer: Renderer, value_range: ValueRange) -> None:
+    def __init__(self, planned: PlannedDataset, filler: Filler) -> None:
         """Keeps the parts."""
-        self.planned, self.renderer, self.value_range = planned, renderer, value_range
+        self.planned, self.filler = planned, filler
 
     @property
     def dataset(self) -> Dataset:
@@ -277,16 +267,16 @@ class MixedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """Gives the sample of an index, of the structure and types of the user's own."""
-        sample, slot, pixels = self._planned(index)
+        sample, settled, pixels = self._settled(index)
+        slot = settled.slots[0]
         if not slot.synthetic:
             return sample
         layout, policy = self.planned.layout, self.planned.policy
         label = layout.get(sample)[1]
-        insertion = self.planned.insertion
-        mixed = insert(pixels[None], [slot], insertion=insertion, renderer=self.renderer, value_range=self.value_range)
-        graft = insertion == "graft"
+        mixed = self.filler.pixels(pixels[None], settled)[0][0]
+        graft = self.filler.insertion == "graft"
         new = policy.add_nodule(label) if graft else policy.synthetic(label, cast(str, slot.class_name))
-        return layout.put(sample, mixed[0], new)
+        return layout.put(sample, mixed, new)
 
     def __iter__(self) -> Iterator[Any]:
         """Gives the items in order."""
@@ -294,15 +284,15 @@ class MixedDataset(Dataset):
 
     def slot(self, index: int) -> Slot:
         """Gives the decision for an index in the current epoch (loads the host)."""
-        return self._planned(index)[1]
+        return self._settled(index)[1].slots[0]
 
-    def _planned(self, index: int) -> tuple[Any, Slot, Tensor]:
+    def _settled(self, index: int) -> tuple[Any, Settled, Tensor]:
         sample, slot = self.planned[index]
         image = self.planned.layout.get(sample)[0]
         check_images(image, batch=False)
         pixels = torch.as_tensor(image).as_subclass(Tensor)
-        self.value_range.check(pixels, "image")
-        return sample, self.planned.placed(pixels[None], [slot])[0], pixels
+        self.filler.value_range.check(pixels, "image")
+        return sample, self.filler.settle(pixels[None], [slot], self.planned.planner), pixels
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of all that this mix has wrapped; workers that are alive see it."""

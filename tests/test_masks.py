@@ -83,21 +83,21 @@ def test_box_smaller_than_a_pixel_sets_the_nearest_pixel():
 
 
 def test_feather_is_one_in_the_ellipse_half_in_mid_seam_and_zero_outside():
-    weights = feather([tensor([[10.5, 10.5, 30.5, 30.5]])], 41, margin=0.5)[0, 0]
-    row = weights[20]  # through the centre (20.5, 20.5); r = distance / 10, zero from r = 2
-    assert row[20] == 1 and row[11] == 1 and row[10] == 1
-    assert row[35].item() == pytest.approx(0.5, abs=1e-6)  # r = 1.5
-    assert row[33].item() == pytest.approx(0.5 + 0.5 * math.cos(0.3 * math.pi), abs=1e-6)
-    assert row[40] == 0 and row[0] == 0
+    weights = feather([tensor([[10.5, 10.5, 30.5, 30.5]])], 41, margin=0.25)[0, 0]
+    row = weights[20]  # through the centre (20.5, 20.5); r = distance / 10, one to r = 0.5, zero from r = 1.5
+    assert row[20] == 1 and row[15] == 1 and row[25] == 1
+    assert row[30].item() == pytest.approx(0.5, abs=1e-6)  # r = 1
+    assert row[28].item() == pytest.approx(0.5 + 0.5 * math.cos(0.3 * math.pi), abs=1e-6)
+    assert row[35] == 0 and row[5] == 0
     assert (row[20:].diff() <= 0).all()
 
 
 @settings(max_examples=40, deadline=None)
-@given(batches(), st.sampled_from([0.0, 0.25, 1.0]))
-def test_feather_covers_the_ellipse_and_stays_in_the_grown_box(boxes, margin):
+@given(batches(), st.sampled_from([0.0, 0.05, 0.25, 0.5]))
+def test_feather_is_half_on_the_ellipse_or_more_inside_and_stays_in_the_grown_box(boxes, margin):
     weights = feather(boxes, (19, 23), margin=margin)
     assert weights.shape == (len(boxes), 1, 19, 23) and weights.min() >= 0 and weights.max() <= 1
-    assert (weights[boxes_to_masks(boxes, (19, 23), shape="ellipse") == 1] > 1 - 1e-6).all()
+    assert (weights[boxes_to_masks(boxes, (19, 23), shape="ellipse") == 1] > 0.5 - 1e-6).all()
     big = [b[((b[:, 2:] - b[:, :2]) >= 1.5).all(1)] for b in boxes]  # smaller ones may set one pixel of their own
     grown = [dilate_boxes(b, margin + 1e-4, (19, 23)) if len(b) else b for b in big]
     outside = boxes_to_masks(grown, (19, 23)) == 0
@@ -168,6 +168,7 @@ def test_boxes_that_rounding_pushed_over_the_edge_pass():
         (lambda: boxes_to_masks([NONE], (1, 2, 3)), ValueError, r"got \(1, 2, 3\)"),
         (lambda: boxes_to_masks([NONE], 8.5), ValueError, "got 8.5"),
         (lambda: feather([NONE], 8, margin=-1), ValueError, "margin .* got -1"),
+        (lambda: feather([NONE], 8, margin=0.6), ValueError, "margin .* got 0.6"),
         (lambda: dilate_boxes(NONE, math.nan, 8), ValueError, "fraction .* got nan"),
         (lambda: scale_boxes(NONE, 8, 0), ValueError, "to_size .* got 0"),
     ],

@@ -1,0 +1,167 @@
+"""What fills the planned slots of a batch: a place in the host, a verdict of the gate, pixels, labels.
+
+One way for all three uses of the mix: `mix(images, labels)`, `mix.loader(...)` and `mix.wrap(...)`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carim_aug.gate import Candidates, Gates
+from carim_aug.insertion import contrasts, graft, put_in, relabel, render, resize
+from carim_aug.labels import LabelPolicy
+from carim_aug.placement import Placement, candidates, grounds
+from carim_aug.plan import MixParams, Planner, Slot
+from carim_aug.ranges import ValueRange
+from carim_aug.render import Renderer
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Slots that are decided for good.
+
+    Attributes:
+        slots: B.
+        rendered: by place, what the generator gave for those that the gate has seen.
+    """
+
+    slots: tuple[Slot, ...]
+    rendered: dict[int, Tensor]
+
+
+class Filler:
+    """Settles and fills the slots of batches.
+
+    Args:
+        renderer: generates.
+        value_range: of the images.
+        insertion: "whole" or "graft".
+        placement: of grafts, see `carim_aug.placement`.
+        gates: that judge nodules; None: all pass.
+        weights_hash: of the generator.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        value_range: ValueRange,
+        *,
+        insertion: str,
+        placement: Placement,
+        gates: Gates | None,
+        weights_hash: str,
+    ) -> None:
+        """Keeps the parts."""
+        self.renderer, self.value_range, self.insertion = renderer, value_range, insertion
+        self.placement, self.gates, self.weights_hash = placement, gates, weights_hash
+
+    def settle(self, images: Sequence[Tensor] | Tensor, slots: Sequence[Slot], planner: Planner) -> Settled:
+        """Gives the slots as their hosts and the gate want them, from their keys and hosts alone.
+
+        Args:
+            images: B hosts (C, H, W) in `value_range`.
+            slots: B decisions.
+            planner: that made them.
+
+        Raises:
+            GateError: a gate that accepts nothing.
+        """
+        places = [i for i, slot in enumerate(slots) if len(slot.boxes)]
+        if not places or (self.gates is None and self.insertion == "whole"):
+            return Settled(tuple(slots), {})
+        where = self.placement if self.insertion == "graft" else "prior"
+        found = grounds([images[i] for i in places], where, planner)
+        waiting = {i: candidates(slots[i], ground, planner) for i, ground in zip(places, found, strict=True)}
+        chosen, rendered = list(slots), {}
+        for _ in range(self.gates.tries if self.gates is not None else 1):
+            drawn = {i: draw for i, draws in waiting.items() if (draw := next(draws, None)) is not None}
+            if self.gates is None:
+                for i in waiting:
+                    chosen[i] = drawn.get(i, slots[i].real())
+                return Settled(tuple(chosen), {})
+            # On the CPU one by one, so that no verdict depends on a batch, not by a rounding.
+            device = self.renderer.device or images[places[0]].device
+            groups = [[i] for i in drawn] if device.type == "cpu" else self._of_one_size(list(drawn), images)
+            for group in groups:
+                for i, slot, pixels in self._passed(images, group, drawn):
+                    chosen[i], rendered[i] = slot, pixels
+                    del waiting[i]
+            if not waiting:
+                break
+        for i in waiting:
+            chosen[i] = slots[i].real()
+            if self.gates is not None:
+                self.gates.exhausted()
+        return Settled(tuple(chosen), rendered)
+
+    def pixels(self, images: Tensor, settled: Settled) -> tuple[Tensor, Tensor]:
+        """Gives the images with the synthetic slots filled, and the contrasts of grafts (`MixParams.contrasts`).
+
+        Args:
+            images: (B, C, H, W) in `value_range`. Never changed.
+            settled: of these images.
+        """
+        slots, added = settled.slots, torch.full((len(images),), math.nan)
+        places = [i for i, slot in enumerate(slots) if slot.synthetic]
+        if not places:
+            return images, added
+        known, missing = settled.rendered, [i for i in places if i not in settled.rendered]
+        if missing:
+            parts = render([slots[i] for i in missing], images.device, insertion=self.insertion, renderer=self.renderer)
+            known = {**known, **dict(zip(missing, parts, strict=True))}
+        pixels = torch.stack([known[i] for i in places])
+        if self.insertion == "graft":
+            added[places] = contrasts(pixels, [slots[i] for i in places])
+        return put_in(images, slots, pixels, insertion=self.insertion, value_range=self.value_range), added
+
+    def fill(self, images: Tensor, labels: Any, settled: Settled, policy: LabelPolicy) -> tuple[Tensor, Any, MixParams]:
+        """Gives images and labels with the synthetic slots filled, and what was done.
+
+        Args:
+            images: (B, C, H, W) in `value_range`. Never changed.
+            labels: B. Never changed.
+            settled: of these images.
+            policy: of the labels, resolved.
+        """
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        mixed, added = self.pixels(images, settled)
+        params = MixParams(settled.slots, self.insertion, size, self.weights_hash, added)
+        return mixed, relabel(labels, settled.slots, insertion=self.insertion, policy=policy), params
+
+    def _passed(
+        self, images: Sequence[Tensor] | Tensor, places: list[int], drawn: dict[int, Slot]
+    ) -> list[tuple[int, Slot, Tensor]]:
+        """Places, slots and pixels of the candidates that the gates accept; their hosts are of one size."""
+        assert self.gates is not None, "asked only where there is a gate"
+        chosen = [drawn[i] for i in places]
+        device = images[places[0]].device
+        pixels = render(chosen, device, insertion=self.insertion, renderer=self.renderer)
+        hosts, contrast = None, torch.full((len(chosen),), math.nan)
+        if self.insertion == "graft":
+            real = torch.stack([images[i] for i in places])
+            hosts, contrast = self._grey(real), contrasts(pixels, chosen)
+            shown = self._grey(graft(real, pixels, chosen, self.value_range))
+        else:
+            shown = resize(pixels, images[places[0]].shape[-2:])
+        height, width = shown.shape[-2:]
+        boxes = [slot.boxes_at(height, width) for slot in chosen]
+        scores, passed = self.gates.verdicts(Candidates(shown, boxes, hosts, contrast))
+        return [
+            (i, replace(slot, score=float(score)), own)
+            for i, slot, score, good, own in zip(places, chosen, scores, passed, pixels, strict=True)
+            if good
+        ]
+
+    def _grey(self, images: Tensor) -> Tensor:
+        return self.value_range.to_symmetric(images).float().mean(dim=1, keepdim=True)
+
+    @staticmethod
+    def _of_one_size(places: list[int], images: Sequence[Tensor] | Tensor) -> list[list[int]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in places:
+            groups.setdefault(tuple(images[i].shape), []).append(i)
+        return list(groups.values())
