@@ -347,7 +347,7 @@ def test_the_generator_is_not_asked_for_real_items():
             raise AssertionError("generated")
 
     wrapped = make_mix(p=0.0).wrap(Films(8))
-    wrapped.renderer.generator = Broken("tiny")
+    wrapped.filler.renderer.generator = Broken("tiny")
     assert [wrapped[i][1] for i in range(8)] == Films(8)._labels
 
 
