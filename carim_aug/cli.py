@@ -1,4 +1,4 @@
-"""The command `carim-aug`: demo, preview, info, fit-prior (DESIGN 3)."""
+"""The command `carim-aug`: demo, preview, export, info, fit-prior (DESIGN 3)."""
 
 import argparse
 import json
@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from carim_aug import cli_export
 from carim_aug.compiled import compile_generator
 from carim_aug.data.chestxray14 import BOX_SIZE, SPLITS, ChestXray14, read_boxes
 from carim_aug.data.errors import DataError
 from carim_aug.data.images import IMAGE_SUFFIXES, read_grey
 from carim_aug.data.phantom import PhantomChest
 from carim_aug.data.tables import clip_box, number, read_rows
+from carim_aug.export import ExportError
 from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold, stream
 from carim_aug.mix import SyntheticNoduleMix
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.command(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ExportError) as error:
         print(f"carim-aug: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -80,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     preview_.add_argument("--out", type=Path, default=Path("preview.png"), help="PNG file (default: preview.png)")
     preview_.add_argument("--n", type=int, default=6, help="rows (default: 6)")
     preview_.add_argument("--seed", type=int, default=0, help="of noise, boxes and choice of hosts (default: 0)")
+
+    about = "Write a data set: PNG, COCO, ChestX-ray14, YOLO. Run again, it goes on; torchrun shares the work."
+    cli_export.add_words(command("export", export, about))
 
     info_ = command("info", info, "Tell version, device, weights and prior.")
     info_.add_argument("--json", action="store_true", help="as JSON")
@@ -215,6 +220,12 @@ def _real_images(arguments: argparse.Namespace) -> Tensor | None:
     )
     images = [shape(read_grey(path)) for path in tqdm(chosen, desc="reading", unit="image")]
     return torch.stack(images) * 2 - 1
+
+
+# --- export ---
+def export(arguments: argparse.Namespace) -> None:
+    """Writes synthetic images to disk."""
+    cli_export.run(arguments, _mix(arguments, seed=arguments.seed))
 
 
 # --- info ---

@@ -1,6 +1,7 @@
 """A guard for validation and test sets: nothing synthetic may be in them (DESIGN 2)."""
 
 from functools import partial
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -8,8 +9,10 @@ from torch.utils.data import DataLoader
 
 from carim_aug.loader import MixLoader
 from carim_aug.mix import SyntheticNoduleMix
+from carim_aug.provenance import export_over
 from carim_aug.wrapped import MixedDataset, PlannedDataset
 
+_ROOTS = ("root", "imgpath")  # of most data sets, and of torchxrayvision's
 _INNER = ("dataset", "datasets", "loader", "transform", "transforms", "target_transform", "collate_fn")
 
 
@@ -21,13 +24,15 @@ def assert_real_only(data: Any) -> None:
     """Does nothing if a data set or loader gives real samples only.
 
     Looks into Subset, ConcatDataset, DataLoader, transforms, attributes, and the variables that a function such as a
-    collate_fn uses; what is hidden deeper it cannot see.
+    collate_fn uses; and at the folder of a data set's `root` or `paths`, which may be a `carim-aug export`. What is
+    hidden deeper it cannot see.
 
     Args:
         data: a data set, loader, transform or list of them.
 
     Raises:
-        SyntheticDataError: somewhere in it an enabled SyntheticNoduleMix is at work; it says where.
+        SyntheticDataError: somewhere in it an enabled SyntheticNoduleMix is at work, or an exported folder is read; it
+            says where.
     """
     _walk(data, type(data).__name__, set())
 
@@ -50,6 +55,11 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
             f"data must be real only, got synthetic nodules at {path}: evaluate on the data set itself, "
             "or set mix.enabled = False"
         )
+    exported = export_over(_files(thing))
+    if exported is not None:
+        raise SyntheticDataError(
+            f"data must be real only, got the exported synthetic images of {exported} at {path}: evaluate on real films"
+        )
     if isinstance(thing, list | tuple):
         for i, part in enumerate(thing):
             _walk(part, f"{path}[{i}]", seen)
@@ -62,6 +72,13 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
         inner = getattr(thing, name, None)
         if inner is not None:
             _walk(inner, f"{path}.{name}", seen)
+
+
+def _files(thing: Any) -> list[str | Path]:
+    """The folders and files that a data set says it reads."""
+    paths = getattr(thing, "paths", ())
+    told = [getattr(thing, name, None) for name in _ROOTS] + (list(paths) if isinstance(paths, list | tuple) else [])
+    return [path for path in told if isinstance(path, str | Path)]
 
 
 def _variables(thing: Any) -> dict[str, Any]:

@@ -1,0 +1,532 @@
+"""An export: tables that agree, files that read back, the same bytes whoever is killed, named errors."""
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import generator, global_states_untouched, make_mix, prior
+from torch.utils.data import DataLoader, Subset
+
+import carim_aug.export
+from carim_aug import LocationPrior, SyntheticDataError, SyntheticNoduleMix, assert_real_only
+from carim_aug.cli import main
+from carim_aug.data import BoxCSV, ChestXray14, DataError, FolderPerClass
+from carim_aug.export import COMPLETE, ExportError, export
+from carim_aug.hosts import find_films
+from carim_aug.provenance import MARKER, Provenance, export_over
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def content(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, hidden ones too, by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_boxes(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The boxes of each table, XYXY in pixels of the images: form to image to (k, 4)."""
+    sizes = {path.name: Image.open(path).size for path in sorted((folder / "images").iterdir())}
+    coco = json.loads((folder / "annotations.json").read_text())
+    names = {image["id"]: image["file_name"] for image in coco["images"]}
+    found: dict[str, dict[str, list]] = {
+        form: {name: [] for name in sizes} for form in ("coco", "csv", "yolo", "provenance", "png")
+    }
+    for row in coco["annotations"]:
+        x, y, w, h = row["bbox"]
+        assert row["area"] == pytest.approx(w * h) and row["category_id"] == 1
+        found["coco"][names[row["image_id"]]].append((x, y, x + w, y + h))
+    for row in rows(folder / "BBox_List_2017.csv"):
+        assert row["Finding Label"] == "Nodule"
+        x, y, w, h = (float(row[column]) / 1024 for column in ("Bbox [x", "y", "w", "h]"))
+        width, height = sizes[row["Image Index"]]
+        found["csv"][row["Image Index"]].append((x * width, y * height, (x + w) * width, (y + h) * height))
+    for name, (width, height) in sizes.items():
+        for line in (folder / "labels" / name).with_suffix(".txt").read_text().splitlines():
+            kind, x, y, w, h = map(float, line.split())
+            assert kind == 0
+            corners = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+            found["yolo"][name].append(corners)
+        with Image.open(folder / "images" / name) as picture:
+            boxes = json.loads(picture.text["carim_aug"])["boxes"]
+        found["png"][name] = [np.array(box) * (width, height, width, height) for box in boxes]
+    for row in rows(folder / "provenance.csv"):
+        found["provenance"][row["Image Index"]] = json.loads(row["boxes"])
+    return {
+        form: {name: np.array(boxes, float).reshape(-1, 4) for name, boxes in of.items()} for form, of in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("weights")
+    make_mix().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Four images with nodules and two without, 48 pixels."""
+    folder = tmp_path_factory.mktemp("export") / "whole"
+    assert export(make_mix(seed=5), folder, n=4, normal=2, size=48)["written"] == 6
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grafts(tmp_path_factory, phantom_data) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "grafts"
+    export(make_mix(seed=5), folder, hosts=phantom_data)
+    return folder
+
+
+# --- What is in it ---
+@pytest.mark.parametrize("which", ["whole", "grafts"])
+def test_all_forms_have_the_same_boxes(which, request):
+    forms = table_boxes(request.getfixturevalue(which))
+    boxes = forms.pop("png")
+    assert sum(map(len, boxes.values())) >= 4
+    for form, of in forms.items():
+        for name, box in boxes.items():
+            np.testing.assert_allclose(of[name], box, atol=1e-3, err_msg=f"{form} {name}")
+
+
+def test_images_are_those_that_their_keys_make(whole):
+    mix = make_mix(seed=5)
+    names = []
+    for i, row in enumerate(rows(whole / "provenance.csv")):
+        assert (row["seed"], row["epoch"], row["index"], row["try"]) == ("5", "0", str(i), "")
+        assert row["class"] == ("Nodule" if i < 4 else "No Finding") and row["synthetic"] == "1" and row["host"] == ""
+        assert row["weights_hash"] == mix.weights_hash
+        image, _, boxes = mix.regenerate((5, 0, i), row["class"])
+        image = torch.nn.functional.interpolate(image[None], (48, 48), mode="bilinear", antialias=True)[0, 0]
+        with Image.open(whole / "images" / row["Image Index"]) as picture:
+            assert picture.text["synthetic"] == "1" and picture.text["weights_hash"] == mix.weights_hash
+            assert json.loads(picture.text["key"]) == [5, 0, i]
+            np.testing.assert_allclose(np.array(picture), (image.numpy() + 1) / 2 * 255, atol=0.501)
+        np.testing.assert_allclose(np.reshape(json.loads(row["boxes"]), (-1, 4)), boxes * 48 / 32, atol=1e-4)
+        names.append(row["Image Index"])
+    assert len(set(names)) == 6
+
+
+def test_whole_images_read_back_as_chestxray14(whole):
+    data = ChestXray14(whole, split="train", target="detection")
+    assert len(data) == 6 and len(ChestXray14(whole, split="test")) == len(ChestXray14(whole, split="val")) == 0
+    assert data.targets == [1, 1, 1, 1, 0, 0]
+    image, target = data[0]
+    assert image.shape == (1, 48, 48) and (target["labels"] == 6).all() and len(target["boxes"])
+    np.testing.assert_allclose(target["boxes"], table_boxes(whole)["coco"][data.filenames[0]], atol=1e-3)
+    assert len(data[5][1]["boxes"]) == 0
+    assert len(set(data.patients)) == 6 and min(data.patients) >= 10**15 and max(data.patients) < 2**53
+    assert not set(data.patients) & set(find_patients(make_mix(seed=6), whole.parent / "other"))
+
+
+def find_patients(mix: SyntheticNoduleMix, folder: Path) -> list[int]:
+    export(mix, folder, n=1, normal=1)
+    return ChestXray14(folder).patients.tolist()
+
+
+def test_grafts_differ_from_their_hosts_around_their_boxes_only(grafts, phantom_data):
+    real = ChestXray14(phantom_data, split="train")
+    normal = {path.name: i for i, path in enumerate(map(Path, real.paths)) if not real.labels[i].any()}
+    told = rows(grafts / "provenance.csv")
+    assert len(told) == len(normal) == 16 and {row["host"] for row in told} == set(normal)
+    films = find_films(phantom_data, "train")
+    mix = make_mix(seed=5)
+    for row, entry in zip(told, rows(grafts / "Data_Entry_2017.csv"), strict=True):
+        host = normal[row["host"]]
+        with Image.open(grafts / "images" / row["Image Index"]) as picture:
+            changed = np.abs(np.array(picture).astype(int) - real[host][0][0].numpy()) > 0
+        boxes = np.array(json.loads(row["boxes"]))
+        y, x = np.mgrid[:64, :64] + 0.5
+        near = np.zeros((64, 64), bool)
+        for x1, y1, x2, y2 in boxes:
+            w, h = x2 - x1, y2 - y1
+            near |= (x > x1 - w / 4 - 1) & (x < x2 + w / 4 + 1) & (y > y1 - h / 4 - 1) & (y < y2 + h / 4 + 1)
+        assert changed.any() and not (changed & ~near).any()
+        assert int(entry["Patient ID"]) == real.patients[host] and entry["Finding Labels"] == "Nodule"
+        assert (entry["View Position"], entry["Patient Age"], entry["OriginalImage[Width"]) == ("PA", "50", "1024")
+        # The key makes the nodule again.
+        key = [int(row[part]) for part in ("seed", "epoch", "index", "try") if row[part]]
+        assert films[key[2]].stem == Path(row["host"]).stem and row["insertion"] == "graft"
+        np.testing.assert_allclose(mix.regenerate(tuple(key))[2] * 2, boxes, atol=1e-4)
+
+
+def test_grafts_read_back_with_their_hosts_patients(grafts, phantom_data):
+    data = ChestXray14(grafts, target="nodule", views=("PA",))
+    assert data.targets == [1] * 16
+    assert set(data.patients) <= set(ChestXray14(phantom_data, split="train").patients)
+    assert not {Path(path).stem for path in data.paths} & {Path(path).stem for path in ChestXray14(phantom_data).paths}
+
+
+def test_some_hosts_are_drawn_by_the_seed_and_resized(tmp_path, phantom_data):
+    chosen = []
+    for seed in (1, 2):
+        export(make_mix(seed=seed), tmp_path / str(seed), hosts=phantom_data, n=5, size=40)
+        told = rows(tmp_path / str(seed) / "provenance.csv")
+        assert len(told) == 5 and all((row["width"], row["height"]) == ("40", "40") for row in told)
+        chosen.append([row["host"] for row in told])
+    assert chosen[0] != chosen[1]
+
+
+def test_a_plain_folder_hosts_too(tmp_path):
+    films = tmp_path / "films"
+    (films / "more").mkdir(parents=True)
+    for i, name in enumerate(("00000007_000.png", "more/00000007_001.png", "more/anna_1.png")):
+        Image.fromarray(np.full((50, 60), 90 + i, np.uint8)).save(films / name)
+    out = tmp_path / "out"
+    assert export(make_mix(), out, hosts=films)["images"] == 3
+    data = ChestXray14(out)
+    assert data.patients[0] == data.patients[1] == 7 and 2 * 10**15 <= data.patients[2] < 3 * 10**15
+    assert data[0][0].shape == (1, 50, 60)
+    forms = table_boxes(out)
+    for name, boxes in forms["coco"].items():
+        np.testing.assert_allclose(forms["csv"][name], boxes, atol=1e-3)
+        np.testing.assert_allclose(forms["yolo"][name], boxes, atol=1e-3)
+
+
+def test_sixteen_bits_are_the_same_image_finer(tmp_path, whole, grafts, phantom_data):
+    for name, coarse, options in (
+        ("whole", whole, {"n": 4, "normal": 2, "size": 48}),
+        ("grafts", grafts, {"hosts": phantom_data}),
+    ):
+        export(make_mix(seed=5), tmp_path / name, bits=16, **options)
+        for path in sorted((coarse / "images").iterdir()):
+            fine = np.array(Image.open(tmp_path / name / "images" / path.name)).astype(int)
+            assert fine.max() > 255 and len(np.unique(fine % 257)) > 1
+            np.testing.assert_allclose(np.array(Image.open(path)), fine / 257, atol=0.51)
+
+
+def test_coco_says_synthetic_and_joins_up(whole):
+    coco = json.loads((whole / "annotations.json").read_text())
+    assert coco["info"]["synthetic"] is True and "never for evaluation" in coco["info"]["description"]
+    assert [category["name"] for category in coco["categories"]] == ["Nodule"]
+    assert {row["image_id"] for row in coco["annotations"]} == {1, 2, 3, 4}
+    assert len({row["id"] for row in coco["annotations"]}) == len(coco["annotations"])
+    for image in coco["images"]:
+        with Image.open(whole / "images" / image["file_name"]) as picture:
+            assert picture.size == (image["width"], image["height"])
+
+
+def test_headers_are_the_official_ones(whole, phantom_data):
+    for name, official in (("Data_Entry_2017", "Data_Entry_2017_v2020"), ("BBox_List_2017", "BBox_List_2017")):
+        ours = (whole / f"{name}.csv").read_text().partition("\n")[0]
+        assert ours == (phantom_data / f"{official}.csv").read_text().partition("\n")[0]
+
+
+def test_no_global_random_state_or_thread_count_moves(tmp_path):
+    threads = torch.get_num_threads()
+    with global_states_untouched():
+        export(make_mix(), tmp_path / "out", n=1)
+    assert torch.get_num_threads() == threads
+
+
+# --- The guard ---
+def test_exported_folders_are_not_real(whole, grafts, phantom_data, tmp_path):
+    (tmp_path / "boxes.csv").write_text(f"image,x1,y1,x2,y2\n{sorted((whole / 'images').iterdir())[0]},1,2,3,4\n")
+    for data in (
+        ChestXray14(whole),
+        DataLoader(Subset(ChestXray14(grafts), [0])),
+        FolderPerClass(whole, classes=["images"]),
+        BoxCSV("/", tmp_path / "boxes.csv"),
+    ):
+        with pytest.raises(SyntheticDataError, match="exported synthetic images of .* at "):
+            assert_real_only(data)
+    assert_real_only(ChestXray14(phantom_data))
+
+
+def test_an_unfinished_export_is_not_real_either(tmp_path, whole):
+    folder = tmp_path / "cut"
+    shutil.copytree(whole, folder)
+    data = ChestXray14(folder)
+    (folder / COMPLETE).unlink()
+    with pytest.raises(SyntheticDataError):
+        assert_real_only(data)
+    (folder / MARKER).unlink()
+    assert export_over([folder / "images"]) is None
+    assert_real_only(data)
+
+
+# --- The same bytes ---
+KILLED = """
+import os, signal, sys
+import carim_aug.export as export
+from carim_aug import SyntheticNoduleMix
+weights, hosts, out = sys.argv[1:]
+hosts = hosts or None
+replace = os.replace
+for moment in range(1000):
+    child = os.fork()
+    if not child:
+        left = [moment]
+        def cut(source, target):
+            # Die before the rename, with the temporary file whole or cut in half; or just after it.
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if left[0] == 1:
+                os.truncate(source, os.path.getsize(source) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+            if left[0] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 3
+        os.replace = cut
+        mix = SyntheticNoduleMix.from_pretrained(weights, seed=5)
+        export.export(mix, f"{out}/{moment if hosts is None else 0}", n=3, normal=0 if hosts else 1, hosts=hosts)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if not status:
+        print(moment)
+        break
+    assert os.WIFSIGNALED(status), status
+"""
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path, weights):
+    mix = SyntheticNoduleMix.from_pretrained(weights, seed=5)
+    export(mix, tmp_path / "whole", n=3, normal=1)
+    wanted = content(tmp_path / "whole")
+    words = [sys.executable, "-c", KILLED, weights, "", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    moments = int(done.stdout)
+    assert moments == 3 * len(wanted)  # before, in and after the writing of every file
+    for moment in range(moments):
+        folder = tmp_path / str(moment)
+        names = content(folder)
+        assert (COMPLETE in names) == (moment == moments - 1)
+        export(mix, folder, n=3, normal=1)
+        assert content(folder) == wanted, f"killed at moment {moment}"
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, weights, phantom_data):
+    mix = SyntheticNoduleMix.from_pretrained(weights, seed=5)
+    export(mix, tmp_path / "grafts", n=3, hosts=phantom_data)
+    words = [sys.executable, "-c", KILLED, weights, str(phantom_data), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 3
+    assert content(tmp_path / "0") == content(tmp_path / "grafts")
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "bit", "other", "text"])
+def test_a_damaged_image_is_made_again(tmp_path, whole, damage):
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    (folder / COMPLETE).unlink()
+    path, other = sorted((folder / "images").iterdir())[:2]
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-40] ^= 1
+    broken = {"half": data[: len(data) // 2], "empty": b"", "bit": bytes(flipped), "other": other.read_bytes()}
+    path.write_bytes(broken.get(damage, b"not an image"))
+    assert export(make_mix(seed=5), folder, n=4, normal=2, size=48)["written"] == 1
+    assert content(folder) == content(whole)
+
+
+def test_a_finished_export_is_left_alone(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert export(make_mix(seed=5), whole, n=4, normal=2, size=48) == {
+        "images": 6,
+        "nodules": 4 + extra(),
+        "written": 0,
+    }
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def extra() -> int:
+    """Nodules beyond one an image, of the four of `whole`."""
+    return sum(len(make_mix(seed=5).regenerate((5, 0, i))[2]) - 1 for i in range(4))
+
+
+def test_two_processes_under_torchrun_write_the_same_bytes(tmp_path, weights, phantom_data):
+    for name, words in (
+        ("whole", ["--nodules", "5", "--normal", "2", "--seed", "3"]),
+        ("grafts", ["--data", str(phantom_data), "--nodules", "5"]),
+    ):
+        words = ["export", "--weights", weights, *words, "--out"]
+        assert main([*words, str(tmp_path / name)]) == 0
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "carim_aug",
+        ]
+        done = subprocess.run(
+            [*run, *words, str(tmp_path / f"{name}2")], capture_output=True, text=True, timeout=250, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        assert content(tmp_path / f"{name}2") == content(tmp_path / name)
+        assert "by process 0 of 2" in done.stdout
+
+
+def test_shares_of_ranks_and_any_number_of_threads_give_the_same_bytes(tmp_path, whole):
+    for rank in (2, 1, 0):
+        torch.set_num_threads(2 - rank % 2)
+        export(make_mix(seed=5), tmp_path / "out", n=4, normal=2, size=48, rank=rank, world_size=3)
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_rank_0_says_so_when_the_others_do_not_come(tmp_path):
+    with pytest.raises(ExportError, match="2 of 4 images have not come from the other processes for 0.3 s"):
+        export(make_mix(), tmp_path / "out", n=4, world_size=2, patience=0.3)
+    assert not (tmp_path / "out" / COMPLETE).exists()
+
+
+# --- Errors ---
+@pytest.mark.parametrize("moment", [0, 1, 3, 8, 12, -1])
+def test_a_full_disk_is_named_and_leaves_what_is_finished(tmp_path, monkeypatch, whole, moment):
+    folder = tmp_path / "out"
+    files = len(content(whole))
+    left = [moment % files]
+    real = Path.open
+
+    def full(path, *args, **kwargs):
+        file = real(path, *args, **kwargs)
+        if path.name.endswith(".part"):
+            left[0] -= 1
+            if left[0] < 0:
+                file.write(b"half")
+                file.close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ExportError, match="no space left on the disk .* run the same command again"):
+        export(make_mix(seed=5), folder, n=4, normal=2, size=48)
+    monkeypatch.undo()
+    there = content(folder)
+    assert len(there) == moment % files and there.items() <= content(whole).items() and COMPLETE not in there
+    export(make_mix(seed=5), folder, n=4, normal=2, size=48)
+    assert content(folder) == content(whole)
+
+
+def test_another_error_of_the_disk_keeps_its_name(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(carim_aug.export.os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        export(make_mix(), tmp_path / "out", n=1)
+    assert content(tmp_path / "out") == {}
+
+
+def test_a_folder_of_other_settings_is_refused_and_left_alone(whole):
+    before = content(whole)
+    other_weights = SyntheticNoduleMix(type(generator())("tiny").eval(), prior(), seed=5)
+    other_prior = LocationPrior.fit([torch.tensor([[28.0, 38.0, 34.0, 44.0]])] * 3, 100)
+    same = {"n": 4, "normal": 2, "size": 48}
+    for mix, options, told in (
+        (other_weights, same, "weights_hash '.*' there and '.*' now"),
+        (SyntheticNoduleMix(generator(), other_prior, seed=5), same, "prior_hash"),
+        (make_mix(seed=6), same, "seed 5 there and 6 now: choose another folder, or give those settings"),
+        (make_mix(seed=5), same | {"n": 5}, "n 4 there and 5 now"),
+        (make_mix(seed=5), same | {"bits": 16}, "bits 8 there and 16 now"),
+    ):
+        with pytest.raises(ExportError, match=f"must be an export of the same settings, got {told}"):
+            export(mix, whole, **options)
+    assert content(whole) == before
+
+
+def test_folders_with_other_things_in_them_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ExportError, match=r"must be new, empty or an export, got other files in it \(thesis.tex\)"):
+        export(make_mix(), tmp_path, n=1)
+    (tmp_path / MARKER).write_text("{")
+    with pytest.raises(ExportError, match="unreadable"):
+        export(make_mix(), tmp_path, n=1)
+    assert sorted(content(tmp_path)) == [MARKER, "thesis.tex"]
+
+
+def test_changed_hosts_are_other_settings(tmp_path):
+    films = tmp_path / "films"
+    films.mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((40, 40), 90, np.uint8)).save(films / f"{i}_0.png")
+    export(make_mix(), tmp_path / "out", hosts=films, n=1)
+    Image.fromarray(np.full((60, 60), 80, np.uint8)).save(films / "1_0.png")
+    with pytest.raises(ExportError, match="hosts_hash"):
+        export(make_mix(), tmp_path / "out", hosts=films, n=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n": 1, "split": "test"}, "split must be train or val, got 'test': the test split is for evaluation"),
+        ({"n": 1, "split": "all"}, "split must be train or val, got 'all'"),
+        ({"n": 1, "bits": 12}, "bits must be 8 or 16, got 12"),
+        ({"n": 1, "size": 3}, "size must be an integer of at least 16 and below 10**9, got 3"),
+        ({"n": -1}, "n must be an integer of at least 0 and below 10**9, got -1"),
+        ({}, "n and normal must be at least 1 together, got n=None and normal=0"),
+        ({"n": 1, "rank": 2, "world_size": 2}, "rank must be in [0, world_size - 1], got rank 2 of 2"),
+        ({"hosts": "{data}", "normal": 1}, "normal must be 0 with hosts"),
+        ({"hosts": "{data}", "n": 17}, "n must be at most the number of hosts (16), got 17"),
+        ({"hosts": "{data}", "split": "test"}, "split must be train or val"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_written(tmp_path, phantom_data, options, said):
+    options = {name: str(phantom_data) if value == "{data}" else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        export(make_mix(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_hosts_are_named(tmp_path, grafts, phantom_data):
+    with pytest.raises(DataError, match="no such folder"):
+        export(make_mix(), tmp_path / "out", hosts=tmp_path / "none")
+    films = tmp_path / "films"
+    films.mkdir()
+    with pytest.raises(DataError, match="no image in this folder"):
+        export(make_mix(), tmp_path / "out", hosts=films)
+    with pytest.raises(ValueError, match="out must not lie in the folder of hosts"):
+        export(make_mix(), phantom_data / "out", hosts=phantom_data)
+    with pytest.raises(ValueError, match="hosts must be real films, got the synthetic ones of"):
+        export(make_mix(), tmp_path / "out", hosts=grafts / "images")
+    for folder in ("a", "b"):
+        (films / folder).mkdir()
+        Image.new("L", (40, 40)).save(films / folder / "1.png")
+    with pytest.raises(DataError, match="files must differ in name"):
+        export(make_mix(), tmp_path / "out", hosts=films)
+
+
+# --- The command ---
+def test_the_command_says_what_it_wrote(tmp_path, weights, phantom_data, capsys):
+    out = str(tmp_path / "out")
+    words = ["export", "--weights", weights, "--out", out, "--data", str(phantom_data), "--insertion", "graft"]
+    assert main([*words, "--split", "val"]) == 0
+    said = capsys.readouterr().out
+    assert "8 synthetic images" in said and "split val" in said and "images/s" in said and "assert_real_only" in said
+    assert len(ChestXray14(out, split="val")) == 8
+    assert main([*words, "--split", "train"]) == 2
+    assert "must be an export of the same settings" in capsys.readouterr().err
+    assert main(["export", "--weights", weights, "--out", out, "--n", "1", "--insertion", "graft"]) == 2
+    assert "--insertion must be graft with --data" in capsys.readouterr().err
+    assert main([*words, "--split", "test"]) == 2
+    assert "the test split is for evaluation" in capsys.readouterr().err
+
+
+def test_a_file_without_a_record_has_none(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8)).save(tmp_path / "a.jpg")
+    assert Provenance.read(tmp_path / "a.png") is None
+    assert Provenance.read(tmp_path / "a.jpg") is None
+    assert Provenance.read(tmp_path / "none.png") is None
