@@ -8,16 +8,19 @@ Research use; not a medical device.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from carim_aug.gate import Gate, GateError, cam_gate, contrast_gate, probability_gate
 from carim_aug.guard import SyntheticDataError, assert_real_only
 from carim_aug.hub import NoduleGenerator, WeightsError
 from carim_aug.labels import LabelError, LabelPolicy
 from carim_aug.layouts import ImageError, LayoutError
 from carim_aug.loader import MixLoader
 from carim_aug.mix import SyntheticNoduleMix
+from carim_aug.narrowed import NarrowedPrior
 from carim_aug.plan import MixParams, Slot
 from carim_aug.prior import LocationPrior, PriorError
 from carim_aug.ranges import Normalization, RangeError, ValueRange
 from carim_aug.render import WorkerDeviceError
+from carim_aug.schedules import CosineSchedule, LinearSchedule
 
 try:
     __version__ = version("carim-aug")
@@ -25,13 +28,18 @@ except PackageNotFoundError:  # run from a checkout
     __version__ = "0.0.0"
 
 __all__ = [
+    "CosineSchedule",
+    "Gate",
+    "GateError",
     "ImageError",
     "LabelError",
     "LabelPolicy",
     "LayoutError",
+    "LinearSchedule",
     "LocationPrior",
     "MixLoader",
     "MixParams",
+    "NarrowedPrior",
     "Normalization",
     "NoduleGenerator",
     "PriorError",
@@ -43,4 +51,7 @@ __all__ = [
     "WeightsError",
     "WorkerDeviceError",
     "assert_real_only",
+    "cam_gate",
+    "contrast_gate",
+    "probability_gate",
 ]

@@ -129,5 +129,5 @@ def test_grafts_lie_alike_in_any_loader_and_in_the_data_set():
 
 
 def test_an_unknown_placement_is_refused():
-    with pytest.raises(ValueError, match=r"placement must be one of \('host', 'prior'\), got 'lungs'"):
+    with pytest.raises(ValueError, match=r"placement must be one of \('host', 'prior'\) or a function.*, got 'lungs'"):
         make_mix(placement="lungs")
