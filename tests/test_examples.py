@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMISED = {
     "classifier_loader": ["'synthetic': 200", "epoch 0: loss", "AUC on 32 images without synthetic ones"],
     "classifier_transform": ["epoch 0: loss", "AUC on 32 images without synthetic ones"],
+    "ddp": ["samples were synthetic", "over 2 ranks"],
+    "lightning_module": ["AUC on real images", "the checkpoint holds ['net']"],
     "multilabel_nan": ["loss", "grafted nodules", "of 224 entries annotated"],
 }
 
@@ -44,7 +46,8 @@ def test_example_runs_on_real_films_with_the_bundled_weights(name, real_data):
 
 def runs(name, *more):
     words = [f"examples/{name}.py", *more, "--size", "64", "--batches", "2"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if name == "ddp" else []
+    done = subprocess.run([sys.executable, *launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for said in PROMISED[name]:
         assert said in done.stdout
