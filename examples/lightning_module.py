@@ -1,6 +1,6 @@
 """A LightningModule with grafted nodules in its training loader; the generator is no part of the model.
 
-    python examples/lightning_module.py --data FOLDER      # ChestX-ray14's layout; without it: drawn phantoms
+Run `python examples/lightning_module.py --data FOLDER`, ChestX-ray14's layout; without it: drawn phantoms.
 """
 
 import argparse
