@@ -18,11 +18,16 @@ from train.run import RunError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _train(processes, phantom_data, templates, folder):
+def _train(processes, phantom_data, templates, folder, images=32):
     command = [sys.executable, "-m", "tests.two_processes", phantom_data, templates, folder / f"run{processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*map(str, command), str(processes)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*map(str, command), str(processes), str(images)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{processes}-{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -47,6 +52,21 @@ def test_two_processes_have_equal_weights_near_those_of_one(phantom_data, templa
     assert far <= 1.7e-3
     mean = (first["losses"]["d32"] + second["losses"]["d32"]) / 2
     assert mean.item() == pytest.approx(one["losses"]["d32"].item(), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_two_processes_go_on_as_if_they_had_never_stopped(phantom_data, templates, tmp_path):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    straight.mkdir()
+    cut.mkdir()
+    whole, _ = _train(2, phantom_data, templates, straight)
+    _train(2, phantom_data, templates, cut, images=16)
+    first, second = _train(2, phantom_data, templates, cut)
+    # Batch norm's statistics of each process are its own; the checkpoint holds the first one's.
+    names = [k for k in whole["networks"] if not k.endswith(("running_mean", "running_var"))]
+    assert all(torch.equal(whole["networks"][k], first["networks"][k]) for k in names)
+    assert all(torch.equal(first["networks"][k], second["networks"][k]) for k in names)
 
 
 def test_parts_of_a_batch_are_all_of_it_with_both_classes_in_each():

@@ -12,7 +12,7 @@ from train.presets import PRESETS
 torch.set_num_threads(1)
 
 
-def main(data: str, templates: str, out: str, processes: str) -> None:
+def main(data: str, templates: str, out: str, processes: str, images: str = "32") -> None:
     step = gan.train_step
 
     def watched(wrapped, batch, *args, **kwargs):
@@ -23,7 +23,7 @@ def main(data: str, templates: str, out: str, processes: str) -> None:
 
     gan.train_step = watched
     preset = dataclasses.replace(
-        PRESETS["tiny"], images=32, batch=8, grow_at=(16,), r1_weight=1.0, r1_every=2, snapshot_images=32
+        PRESETS["tiny"], images=int(images), batch=8, grow_at=(16,), r1_weight=1.0, r1_every=2, snapshot_images=32
     )
     gan.train_gan(preset, data=data, ct_nodules=templates, out=out, devices=int(processes), minutes=5)
 
