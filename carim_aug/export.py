@@ -89,7 +89,8 @@ def export(
     With several processes each calls this with its rank; rank 0 writes the tables when all images are there.
 
     Args:
-        mix: its generator, prior and seed are used, not its other options. Image i has the key (seed, 0, i).
+        mix: its generator, prior and seed are used, not its other options. An image's key is (seed, 0, i[, try]), with
+            i its place here, or its host's among all hosts by name.
         out: folder; new, empty, or an export of the same settings.
         n: images with nodules; None: with `hosts` one for each, else 0.
         normal: images without, whole ones only.
@@ -147,8 +148,10 @@ def export(
             return {"images": len(own), "nodules": 0, "written": written}
         images = _collected(folder, source.images, settings, patience)
         counts = {"images": len(images), "nodules": sum(len(image.provenance.boxes) for image in images)}
-        if not (folder / COMPLETE).is_file():
-            for name, text in tables(images, split=split, settings=settings).items():
+        texts = tables(images, split=split, settings=settings)
+        if not all((folder / name).is_file() for name in (COMPLETE, *texts)):
+            (folder / COMPLETE).unlink(missing_ok=True)
+            for name, text in texts.items():
                 _put(folder / name, text.encode())
             for left in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):  # by a process that was killed
                 left.unlink(missing_ok=True)
@@ -195,7 +198,7 @@ class _Grafts:
         if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"out must not lie in the folder of hosts {folder}, got {out}")
         films = find_films(folder, split)
-        synthetic = export_over([film.path for film in films])
+        synthetic = export_over({os.path.dirname(film.path): None for film in films})
         if synthetic is not None:
             raise ValueError(f"hosts must be real films, got the synthetic ones of {synthetic}")
         if n is not None and n > len(films):

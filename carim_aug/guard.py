@@ -1,5 +1,6 @@
 """A guard for validation and test sets: nothing synthetic may be in them (DESIGN 2)."""
 
+import os
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -55,7 +56,7 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
             f"data must be real only, got synthetic nodules at {path}: evaluate on the data set itself, "
             "or set mix.enabled = False"
         )
-    exported = export_over(_files(thing))
+    exported = export_over(_folders(thing))
     if exported is not None:
         raise SyntheticDataError(
             f"data must be real only, got the exported synthetic images of {exported} at {path}: evaluate on real films"
@@ -74,11 +75,12 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
             _walk(inner, f"{path}.{name}", seen)
 
 
-def _files(thing: Any) -> list[str | Path]:
-    """The folders and files that a data set says it reads."""
+def _folders(thing: Any) -> list[str | Path]:
+    """The folders that a data set says it reads."""
     paths = getattr(thing, "paths", ())
-    told = [getattr(thing, name, None) for name in _ROOTS] + (list(paths) if isinstance(paths, list | tuple) else [])
-    return [path for path in told if isinstance(path, str | Path)]
+    files = [path for path in paths if isinstance(path, str | Path)] if isinstance(paths, list | tuple) else []
+    roots = [root for root in (getattr(thing, name, None) for name in _ROOTS) if isinstance(root, str | Path)]
+    return [*roots, *{os.path.dirname(path): None for path in files}]
 
 
 def _variables(thing: Any) -> dict[str, Any]:

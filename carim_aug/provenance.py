@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,16 +75,10 @@ class Provenance:
             return None
 
 
-def export_over(paths: Sequence[str | Path]) -> Path | None:
-    """Gives the first folder of exported images in which one of these files or folders lies, or None.
-
-    Args:
-        paths: looked at are the paths themselves, the folders they are in, and the folders above those.
-    """
-    seen: set[Path] = set()
-    for path in map(Path, paths):
-        for folder in (path, *path.absolute().parents[:2]):
-            if folder not in seen and (folder / MARKER).is_file():
-                return folder
-            seen.add(folder)
+def export_over(folders: Iterable[str | Path]) -> Path | None:
+    """Gives the first export that one of these folders is, or lies right in; None if there is none."""
+    for folder in dict.fromkeys(Path(folder).absolute() for folder in folders):
+        for place in (folder, folder.parent):
+            if (place / MARKER).is_file():
+                return place
     return None

@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 
 import pytest
@@ -7,6 +8,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default
 from torchvision.transforms import v2
 
 from carim_aug import SyntheticDataError, assert_real_only
+from carim_aug.data import BoxCSV, ChestXray14, FolderPerClass
+from carim_aug.export import COMPLETE, export
+from carim_aug.provenance import MARKER, export_over
 
 MIX = make_mix()
 
@@ -93,3 +97,35 @@ def test_a_function_of_which_a_variable_is_not_yet_there_is_walked():
         return later
 
     assert outer() is default_collate
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "out"
+    export(make_mix(), folder, n=1, normal=1)
+    return folder
+
+
+def test_exported_folders_are_not_real(exported, phantom_data, tmp_path):
+    (tmp_path / "boxes.csv").write_text(f"image,x1,y1,x2,y2\n{sorted((exported / 'images').iterdir())[0]},1,2,3,4\n")
+    for data in (
+        ChestXray14(exported),
+        DataLoader(Subset(ChestXray14(exported), [0])),
+        FolderPerClass(exported, classes=["images"]),
+        BoxCSV("/", tmp_path / "boxes.csv"),
+    ):
+        with pytest.raises(SyntheticDataError, match="exported synthetic images of .* at "):
+            assert_real_only(data)
+    assert_real_only(ChestXray14(phantom_data))
+
+
+def test_an_unfinished_export_is_not_real_either(tmp_path, exported):
+    folder = tmp_path / "cut"
+    shutil.copytree(exported, folder)
+    data = ChestXray14(folder)
+    (folder / COMPLETE).unlink()
+    with pytest.raises(SyntheticDataError):
+        assert_real_only(data)
+    (folder / MARKER).unlink()
+    assert export_over([folder / "images"]) is None
+    assert_real_only(data)
