@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
+from carim_aug.chances import added_counts, chances_of
 from carim_aug.checkpoint import PRIOR, fetch
 from carim_aug.filler import Filler, Settled
 from carim_aug.gate import Gates
@@ -23,8 +24,6 @@ from carim_aug.plan import (
     INSERTIONS,
     MixParams,
     Planner,
-    added_counts,
-    chances_of,
     check_epoch,
     check_state,
     check_strength,
@@ -53,7 +52,7 @@ class SyntheticNoduleMix(v2.Transform):
             neither this nor the next two are given.
         n_synthetic: class to number of samples ADDED to the data set (A and B).
         sampling_strategy: imbalanced-learn's words, a ratio, a dict of TOTALS or a callable (A and B); see
-            `carim_aug.plan.added_counts`.
+            `carim_aug.chances.added_counts`.
         insertion: "whole": a generated image takes the slot. "graft": the real image stays and gets
             x + feather(C) * (G(z, C) - G(z, 0)).
         placement: of grafts: "host" looks at each image and draws a place outside its lungs again two times in three,

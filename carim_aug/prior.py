@@ -18,6 +18,7 @@ from torch import Tensor
 
 from carim_aug.density import Array, BoxDensity, Support, boxes_to_points, fit_density
 from carim_aug.masks import MaskShape, Size, as_size, boxes_to_masks, check_boxes
+from carim_aug.regions import region_boxes
 from carim_aug.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -388,54 +389,6 @@ class LocationPrior:
             f"LocationPrior({self.n_boxes} boxes of {self.n_patients} patients, max_count={self.max_count}, "
             f"size {low:g} to {high:g} of the image's side)"
         )
-
-
-def region_boxes(maps: Tensor, threshold: float, largest: float = SIZE_BOUNDS[1]) -> list[Tensor]:
-    """Boxes around the connected regions of maps at or above a threshold (METHOD 5).
-
-    Args:
-        maps: (n, 1, H, W) float in [0, 1].
-        threshold: in (0, 1].
-        largest: sqrt(width x height) in fractions of the image's side to which larger regions are cut, around their
-            centres of mass.
-
-    Returns:
-        n of (k, 4) float64, XYXY in pixels of the maps.
-
-    Raises:
-        ValueError: bad maps or threshold.
-        ImportError: scipy is not there.
-    """
-    if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[1] != 1:
-        raise ValueError(f"maps must be a tensor (n, 1, H, W), got {tuple(getattr(maps, 'shape', ()))}")
-    if maps.numel() and not (maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1):
-        raise ValueError(f"maps must be finite and in [0, 1], got {maps.min():g} to {maps.max():g}")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be in (0, 1], got {threshold}")
-    return [_regions(one, threshold, largest) for one in maps[:, 0].detach().cpu().double().numpy()]
-
-
-def _regions(cam: Array, threshold: float, largest: float) -> Tensor:
-    """Boxes (k, 4) around the connected regions at or above the threshold, none larger than `largest` of the side."""
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise ImportError("LocationPrior.fit_maps needs scipy: pip install 'carim-aug[eval]'") from error
-    height, width = cam.shape
-    labels, count = ndimage.label(cam >= threshold)
-    boxes = []
-    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
-        box_height, box_width = rows.stop - rows.start, columns.stop - columns.start
-        shrink = largest * 0.999 / math.sqrt(box_height / height * box_width / width)
-        if shrink >= 1:
-            boxes.append([columns.start, rows.start, columns.stop, rows.stop])
-            continue
-        y, x = ndimage.center_of_mass(cam, labels, label)
-        half_height, half_width = box_height * shrink / 2, box_width * shrink / 2
-        y = min(max(y + 0.5, half_height), height - half_height)
-        x = min(max(x + 0.5, half_width), width - half_width)
-        boxes.append([x - half_width, y - half_height, x + half_width, y + half_height])
-    return torch.tensor(boxes, dtype=torch.float64).reshape(count, 4)
 
 
 def _as_boxes(boxes: Any, size: tuple[int, int], name: str) -> Tensor:

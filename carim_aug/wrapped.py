@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
+from carim_aug.chances import added_counts, chances_of
 from carim_aug.filler import Filler, Settled
 from carim_aug.labels import LabelError, LabelPolicy
 from carim_aug.layouts import Layout, check_images
-from carim_aug.plan import Planner, Slot, added_counts, chances_of, check_epoch
+from carim_aug.plan import Planner, Slot, check_epoch
 from carim_aug.prior import LocationPrior
 
 
@@ -36,7 +37,7 @@ class PlannedDataset(Dataset):
         eligible: which labels may be replaced; None: the larger of the normal and the nodule class where labels can be
             counted without loading images, else the normal class.
         n_synthetic: class to number added.
-        sampling_strategy: see `carim_aug.plan.added_counts`.
+        sampling_strategy: see `carim_aug.chances.added_counts`.
         epoch: shared-memory tensor, int64 scalar, so that persistent workers see it.
         enabled: shared-memory tensor, bool scalar.
     """

@@ -8,16 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import prior
 
+from carim_aug.chances import STRATEGIES, added_counts, check_chances
 from carim_aug.labels import LabelPolicy
 from carim_aug.masks import boxes_to_masks, check_boxes
 from carim_aug.plan import (
     NO_BOXES,
-    STRATEGIES,
     MixParams,
     Planner,
     Slot,
-    added_counts,
-    check_chances,
     check_epoch,
     check_state,
 )

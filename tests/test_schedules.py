@@ -5,7 +5,7 @@ import torch
 from tiny import Films, make_mix
 
 from carim_aug import CosineSchedule, LinearSchedule
-from carim_aug.plan import chances_of
+from carim_aug.chances import chances_of
 
 
 def synthetic(mix, epoch):

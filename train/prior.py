@@ -24,7 +24,8 @@ from carim_aug.data.chestxray14 import ChestXray14
 from carim_aug.density import BoxDensity, Support, boxes_to_points, fit_density
 from carim_aug.lungs import FIELD_SIZE, grow_field, lung_field
 from carim_aug.models.classifier import ChestClassifier
-from carim_aug.prior import MAX_ASPECT, SIZE_BOUNDS, LocationPrior, region_boxes
+from carim_aug.prior import MAX_ASPECT, SIZE_BOUNDS, LocationPrior
+from carim_aug.regions import region_boxes
 from train.boxes import BOX_SIZE, ImageBoxes, image_points, points_of, read_nodules, read_normal_films, reading_weights
 from train.densities import Density, Points, comparison, cross_validated, fit_position, simpler_densities
 from train.reading import Reading
