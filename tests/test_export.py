@@ -20,9 +20,10 @@ from tiny import generator, global_states_untouched, make_mix, prior
 import carim_aug.export
 from carim_aug import LocationPrior, SyntheticNoduleMix
 from carim_aug.cli import main
-from carim_aug.data import ChestXray14, DataError
+from carim_aug.data import ChestXray14
 from carim_aug.export import COMPLETE, ExportError, export
 from carim_aug.hosts import find_films
+from carim_aug.narrowed import NarrowedPrior
 from carim_aug.provenance import MARKER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -317,6 +318,14 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(whole):
     assert content(whole) == before
 
 
+def test_a_narrowed_prior_is_told_from_the_whole_one(tmp_path):
+    export(SyntheticNoduleMix(generator(), NarrowedPrior(count=3)), tmp_path / "out", n=2)
+    assert all(len(json.loads(row["boxes"])) == 3 for row in rows(tmp_path / "out" / "provenance.csv"))
+    for other in (prior(), NarrowedPrior(count=2), NarrowedPrior(count=3, sizes=(0.02, 0.04))):
+        with pytest.raises(ExportError, match="prior_hash"):
+            export(SyntheticNoduleMix(generator(), other), tmp_path / "out", n=2)
+
+
 def test_folders_with_other_things_in_them_are_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ExportError, match=r"must be new, empty or an export, got other files in it \(thesis.tex\)"):
@@ -325,17 +334,6 @@ def test_folders_with_other_things_in_them_are_refused(tmp_path):
     with pytest.raises(ExportError, match="unreadable"):
         export(make_mix(), tmp_path, n=1)
     assert sorted(content(tmp_path)) == [MARKER, "thesis.tex"]
-
-
-def test_changed_hosts_are_other_settings(tmp_path):
-    films = tmp_path / "films"
-    films.mkdir()
-    for i in range(2):
-        Image.fromarray(np.full((40, 40), 90, np.uint8)).save(films / f"{i}_0.png")
-    export(make_mix(), tmp_path / "out", hosts=films, n=1)
-    Image.fromarray(np.full((60, 60), 80, np.uint8)).save(films / "1_0.png")
-    with pytest.raises(ExportError, match="hosts_hash"):
-        export(make_mix(), tmp_path / "out", hosts=films, n=1)
 
 
 @pytest.mark.parametrize(
@@ -358,24 +356,6 @@ def test_bad_arguments_are_named_before_anything_is_written(tmp_path, phantom_da
     with pytest.raises(ValueError, match=re.escape(said)):
         export(make_mix(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_bad_hosts_are_named(tmp_path, grafts, phantom_data):
-    with pytest.raises(DataError, match="no such folder"):
-        export(make_mix(), tmp_path / "out", hosts=tmp_path / "none")
-    films = tmp_path / "films"
-    films.mkdir()
-    with pytest.raises(DataError, match="no image in this folder"):
-        export(make_mix(), tmp_path / "out", hosts=films)
-    with pytest.raises(ValueError, match="out must not lie in the folder of hosts"):
-        export(make_mix(), phantom_data / "out", hosts=phantom_data)
-    with pytest.raises(ValueError, match="hosts must be real films, got the synthetic ones of"):
-        export(make_mix(), tmp_path / "out", hosts=grafts / "images")
-    for folder in ("a", "b"):
-        (films / folder).mkdir()
-        Image.new("L", (40, 40)).save(films / folder / "1.png")
-    with pytest.raises(DataError, match="files must differ in name"):
-        export(make_mix(), tmp_path / "out", hosts=films)
 
 
 # --- The command ---
