@@ -29,7 +29,9 @@ def add_words(parser: argparse.ArgumentParser) -> None:
         "--split", default="train", help="of the hosts, and of all that is written: train or val (default: train)"
     )
     parser.add_argument("--size", type=int, help="width and height in pixels (default: the generator's, or the host's)")
-    parser.add_argument("--bits", type=int, default=8, help="of a pixel, 8 or 16 (default: 8)")
+    parser.add_argument(
+        "--bits", type=int, default=8, help="of a pixel: 8, or 16, which this package does not read back (default: 8)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
 
 
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace, mix: SyntheticNoduleMix) -> None:
     print(f"{arguments.out}: {counts['images']} synthetic images, {counts['nodules']} nodules, split {arguments.split}")
     print("  images/*.png          each with its key and weights' hash in it")
     print("  annotations.json      COCO;  labels/*.txt, data.yaml: YOLO;  provenance.csv: where each comes from")
-    print("  Data_Entry_2017.csv, BBox_List_2017.csv, split.csv: carim_aug.data.ChestXray14 reads them")
+    reader = "carim_aug.data.ChestXray14 reads them" if arguments.bits == 8 else "ChestX-ray14's tables"
+    print(f"  Data_Entry_2017.csv, BBox_List_2017.csv, split.csv: {reader}")
     rate = counts["written"] / taken
     print(f"{counts['written']} of them written now by process 0 of {world_size}, {rate:.1f} images/s.")
     print(f"{COMPLETE} says that all is there. For training only: assert_real_only refuses this folder.")
