@@ -29,9 +29,7 @@ def add_words(parser: argparse.ArgumentParser) -> None:
         "--split", default="train", help="of the hosts, and of all that is written: train or val (default: train)"
     )
     parser.add_argument("--size", type=int, help="width and height in pixels (default: the generator's, or the host's)")
-    parser.add_argument(
-        "--bits", type=int, default=8, help="of a pixel: 8, or 16, which this package does not read back (default: 8)"
-    )
+    parser.add_argument("--bits", type=int, default=8, help="of a pixel: 8 or 16 (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
 
 

@@ -97,7 +97,7 @@ def export(
         hosts: folder of normal films to graft into (`carim_aug.hosts.find_films`), n of them drawn by the seed, each
             once; None: whole images are generated.
         size: width and height in pixels; None: the generator's, or each host's own.
-        bits: of a pixel, 8 or 16; this package reads 8 back.
+        bits: of a pixel, 8 or 16.
         split: that hosts are taken from and that all images belong to: "train" or "val".
         rank: of this process, 0 to world_size - 1.
         world_size: number of processes; they must see one folder.

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from carim_aug.data.chestxray14 import FINDINGS, ChestXray14, read_boxes, split_by_patient
 from carim_aug.data.errors import DataError
+from carim_aug.data.images import read_grey
 
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -181,19 +182,23 @@ def test_missing_image_is_named_or_skipped(tmp_path):
     assert len(ChestXray14(root, missing="skip")) == 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "sixteen"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
 def test_damaged_image_is_named(tmp_path, damage):
     root = build(tmp_path / "x", size=128)
     path = root / "images" / "00000002_000.png"
     noise = np.random.default_rng(0).integers(0, 255, (128, 128), dtype=np.uint8)
-    if damage == "sixteen":
-        Image.fromarray(noise.astype(np.uint16) * 200).save(path)
-    else:
-        Image.fromarray(noise).save(path)
-        data = {"truncated": path.read_bytes()[:3000], "garbage": b"no image", "empty": b""}[damage]
-        path.write_bytes(data)
+    Image.fromarray(noise).save(path)
+    path.write_bytes({"truncated": path.read_bytes()[:3000], "garbage": b"no image", "empty": b""}[damage])
     with pytest.raises(DataError, match="00000002_000.png"):
         ChestXray14(root)[2]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_read_as_8(tmp_path, suffix):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    read = read_grey(tmp_path / f"deep.{suffix}")[0].flatten()
+    assert read[0] == 0 and read[-1] == 255 and read[257 * 100] == 100 and bool((read.int().diff() >= 0).all())
 
 
 def test_colour_image_is_read_as_grey(tmp_path):

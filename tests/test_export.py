@@ -127,6 +127,7 @@ def test_sixteen_bits_are_the_same_image_finer(tmp_path, whole, grafts, phantom_
             fine = np.array(Image.open(tmp_path / name / "images" / path.name)).astype(int)
             assert fine.max() > 255 and len(np.unique(fine % 257)) > 1
             np.testing.assert_allclose(np.array(Image.open(path)), fine / 257, atol=0.51)
+        assert ChestXray14(tmp_path / name)[0][0].dtype == torch.uint8
 
 
 def test_no_global_random_state_or_thread_count_moves(tmp_path):

@@ -20,25 +20,29 @@ def read_grey(path: str | Path, *, channels: int = 1) -> tv_tensors.Image:
     """The image in a file, as grey.
 
     Args:
-        path: An 8-bit image file in any mode (some files of ChestX-ray14 are RGBA).
+        path: An 8-bit image file in any mode (some files of ChestX-ray14 are RGBA), or a 16-bit grey PNG or TIFF, whose
+            0 to 65535 become 0 to 255.
         channels: 1, or 3 equal ones.
 
     Returns:
         (channels, H, W) uint8.
 
     Raises:
-        DataError: The file is missing, unreadable, truncated, or of more than 8 bits.
+        DataError: The file is missing, unreadable, truncated, or of another depth.
     """
     try:
         with Image.open(path) as file:
             mode = file.mode
-            pixels = None if mode[0] in "IF" else np.array(file.convert("L"))
+            if mode.startswith("I;16") or (mode == "I" and file.format == "PNG"):  # older Pillow's name for it
+                pixels = np.rint(np.array(file) / 257).astype(np.uint8)
+            else:
+                pixels = None if mode[0] in "IF" else np.array(file.convert("L"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image file") from error
     except _UNREADABLE as error:
         raise DataError(f"{path}: unreadable image ({error})") from error
     if pixels is None:
-        raise DataError(f"{path}: images must be 8-bit, got mode {mode}")
+        raise DataError(f"{path}: images must be of 8 bits, or grey of 16, got mode {mode}")
     image = torch.from_numpy(pixels)[None]
     return tv_tensors.Image(image if channels == 1 else image.repeat(channels, 1, 1))
 
