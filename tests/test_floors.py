@@ -61,6 +61,8 @@ FLOORS = {
     "loader": 6,
     "mix": 7,
     "guard": 8,
+    "integrations/__init__": 8,
+    "integrations/*": 8,
     "export": 8,
     "cli_export": 8.5,
     "plots": 8,
