@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelHubMixin
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -34,7 +34,7 @@ from carim_aug.masks import check_masks
 from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator, check_inputs
 from carim_aug.prior import LocationPrior
 from carim_aug.sealed import digest
-from carim_aug.shards import fetch_weights, write_weights
+from carim_aug.shards import FILES, fetch_weights, write_weights
 
 
 class NoduleGenerator(
@@ -143,12 +143,13 @@ class NoduleGenerator(
         return super().save_pretrained(save_directory, **options)
 
     def push_to_hub(self, repo_id: str, *, prior: LocationPrior | None = None, **options: Any) -> str:  # type: ignore[override]
-        """Uploads what `save_pretrained` writes, in one commit.
+        """Uploads what `save_pretrained` writes, in one commit; weights in other files than these are deleted there.
 
         Args:
             repo_id: such as "user/name"; made if missing.
             prior: as in `save_pretrained`.
-            options: what `ModelHubMixin.push_to_hub` takes: commit_message, private, token, branch, create_pr, ...
+            options: what `ModelHubMixin.push_to_hub` takes: commit_message, private, token, branch (made if missing),
+                create_pr, ...
 
         Returns:
             The commit's address.
@@ -158,6 +159,13 @@ class NoduleGenerator(
             TypeError: prior is no LocationPrior.
         """
         self._keep(prior)
+        if options.get("branch") is not None:
+            api = HfApi(token=options.get("token"))
+            repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            api.create_branch(repo_id, branch=options["branch"], exist_ok=True)
+        # Else one file of old weights would be found before the parts of new ones.
+        asked = options.pop("delete_patterns", None) or []
+        options["delete_patterns"] = [*([asked] if isinstance(asked, str) else asked), *FILES]
         return super().push_to_hub(repo_id, **options)
 
     def _keep(self, prior: LocationPrior | None) -> None:

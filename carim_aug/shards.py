@@ -20,6 +20,9 @@ from carim_aug.checkpoint import ADVICE, FILE, WeightsError, fetch, read_weights
 from carim_aug.sealed import digest, write_sealed
 
 INDEX = f"{FILE}.index.json"
+FILES = (FILE, INDEX, f"{Path(FILE).stem}-*-of-*.safetensors")
+"""Patterns of all files that weights may be in."""
+
 LARGEST = 16_000_000
 """Most bytes of a file."""
 

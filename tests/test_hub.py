@@ -509,7 +509,7 @@ def test_any_failure_of_the_hub_is_a_weights_error(failure, monkeypatch):
 
 
 def test_pushing_uploads_weights_config_and_card_and_nothing_else(monkeypatch):
-    uploads = []
+    uploads, branches = [], []
 
     class Api:
         def __init__(self, token=None, **options):
@@ -517,6 +517,9 @@ def test_pushing_uploads_weights_config_and_card_and_nothing_else(monkeypatch):
 
         def create_repo(self, repo_id, **options):
             return SimpleNamespace(repo_id=repo_id)
+
+        def create_branch(self, repo_id, *, branch, exist_ok):
+            branches.append((self.token, repo_id, branch, exist_ok))
 
         def upload_folder(self, *, repo_id, folder_path, **options):
             files = {
@@ -526,10 +529,12 @@ def test_pushing_uploads_weights_config_and_card_and_nothing_else(monkeypatch):
             return "https://hub/commit"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     generator = made()
     assert generator.push_to_hub("user/nodules", token="secret", branch="v2", private=True) == "https://hub/commit"
     token, repo_id, files, options = uploads[0]
     assert (token, repo_id, options["revision"]) == ("secret", "user/nodules", "v2")
+    assert branches == [("secret", "user/nodules", "v2", True)]
     assert files.keys() == {"model.safetensors", "config.json", "README.md"}
     assert not any(content.startswith((b"PK", b"\x80\x02", b"\x80\x04")) for content in files.values())
     with tempfile.TemporaryDirectory() as folder:
