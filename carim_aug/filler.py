@@ -19,6 +19,9 @@ from carim_aug.plan import MixParams, Planner, Slot
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
 
+Images = Tensor | Sequence[Tensor]
+"""(B, C, H, W), or B images (C, H, W) of any sizes."""
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -59,7 +62,7 @@ class Filler:
         self.renderer, self.value_range, self.insertion = renderer, value_range, insertion
         self.placement, self.gates, self.weights_hash = placement, gates, weights_hash
 
-    def settle(self, images: Sequence[Tensor] | Tensor, slots: Sequence[Slot], planner: Planner) -> Settled:
+    def settle(self, images: Images, slots: Sequence[Slot], planner: Planner) -> Settled:
         """Gives the slots as their hosts and the gate want them, from their keys and hosts alone.
 
         Args:
@@ -98,11 +101,11 @@ class Filler:
                 self.gates.exhausted()
         return Settled(tuple(chosen), rendered)
 
-    def pixels(self, images: Tensor, settled: Settled) -> tuple[Tensor, Tensor]:
+    def pixels(self, images: Images, settled: Settled) -> tuple[Images, Tensor]:
         """Gives the images with the synthetic slots filled, and the contrasts of grafts (`MixParams.contrasts`).
 
         Args:
-            images: (B, C, H, W) in `value_range`. Never changed.
+            images: (B, C, H, W), or B images (C, H, W) of any sizes, in `value_range`. Never changed.
             settled: of these images.
         """
         slots, added = settled.slots, torch.full((len(images),), math.nan)
@@ -111,30 +114,42 @@ class Filler:
             return images, added
         known, missing = settled.rendered, [i for i in places if i not in settled.rendered]
         if missing:
-            parts = render([slots[i] for i in missing], images.device, insertion=self.insertion, renderer=self.renderer)
+            device = images[missing[0]].device
+            parts = render([slots[i] for i in missing], device, insertion=self.insertion, renderer=self.renderer)
             known = {**known, **dict(zip(missing, parts, strict=True))}
-        pixels = torch.stack([known[i] for i in places])
         if self.insertion == "graft":
-            added[places] = contrasts(pixels, [slots[i] for i in places])
-        return put_in(images, slots, pixels, insertion=self.insertion, value_range=self.value_range), added
+            added[places] = contrasts(torch.stack([known[i] for i in places]), [slots[i] for i in places])
+        if isinstance(images, Tensor):
+            return self._put_in(images, slots, [known[i] for i in places]), added
+        filled = list(images)
+        for group in self._of_one_size(places, images):
+            stacked = torch.stack([images[i] for i in group])
+            new = self._put_in(stacked, [slots[i] for i in group], [known[i] for i in group])
+            for i, image in zip(group, new, strict=True):
+                filled[i] = image
+        return filled, added
 
-    def fill(self, images: Tensor, labels: Any, settled: Settled, policy: LabelPolicy) -> tuple[Tensor, Any, MixParams]:
+    def fill(self, images: Images, labels: Any, settled: Settled, policy: LabelPolicy) -> tuple[Images, Any, MixParams]:
         """Gives images and labels with the synthetic slots filled, and what was done.
 
         Args:
-            images: (B, C, H, W) in `value_range`. Never changed.
+            images: as for `pixels`. Never changed.
             labels: B. Never changed.
             settled: of these images.
             policy: of the labels, resolved.
         """
-        size = (int(images.shape[-2]), int(images.shape[-1]))
+        sizes = sizes_of(images)
         mixed, added = self.pixels(images, settled)
-        params = MixParams(settled.slots, self.insertion, size, self.weights_hash, added)
-        return mixed, relabel(labels, settled.slots, insertion=self.insertion, policy=policy), params
+        params = MixParams(settled.slots, self.insertion, sizes[0], self.weights_hash, added)
+        if not isinstance(images, Tensor):
+            params = replace(params, sizes=sizes)
+        return mixed, relabel(labels, settled.slots, insertion=self.insertion, policy=policy, sizes=sizes), params
 
-    def _passed(
-        self, images: Sequence[Tensor] | Tensor, places: list[int], drawn: dict[int, Slot]
-    ) -> list[tuple[int, Slot, Tensor]]:
+    def _put_in(self, images: Tensor, slots: Sequence[Slot], pixels: list[Tensor]) -> Tensor:
+        made = torch.stack(pixels).to(images.device)
+        return put_in(images, slots, made, insertion=self.insertion, value_range=self.value_range)
+
+    def _passed(self, images: Images, places: list[int], drawn: dict[int, Slot]) -> list[tuple[int, Slot, Tensor]]:
         """Places, slots and pixels of the candidates that the gates accept; their hosts are of one size."""
         assert self.gates is not None, "asked only where there is a gate"
         chosen = [drawn[i] for i in places]
@@ -160,8 +175,13 @@ class Filler:
         return self.value_range.to_symmetric(images).float().mean(dim=1, keepdim=True)
 
     @staticmethod
-    def _of_one_size(places: list[int], images: Sequence[Tensor] | Tensor) -> list[list[int]]:
+    def _of_one_size(places: list[int], images: Images) -> list[list[int]]:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i in places:
             groups.setdefault(tuple(images[i].shape), []).append(i)
         return list(groups.values())
+
+
+def sizes_of(images: Images) -> tuple[tuple[int, int], ...]:
+    """Gives the height and width of each image."""
+    return tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from carim_aug.detection import with_nodules
 from carim_aug.evaluation.pairs import ring_contrast
 from carim_aug.labels import LabelPolicy
 from carim_aug.masks import feather
@@ -110,14 +111,17 @@ def contrasts(differences: Tensor, slots: Sequence[Slot]) -> Tensor:
     return torch.stack([part.mean() for part in each.split(counts)])
 
 
-def relabel(labels: Any, slots: Sequence[Slot], *, insertion: str, policy: LabelPolicy) -> Any:
+def relabel(
+    labels: Any, slots: Sequence[Slot], *, insertion: str, policy: LabelPolicy, sizes: Sequence[tuple[int, int]] = ()
+) -> Any:
     """Gives the batch's labels as its slots want them; `labels` itself where all are real.
 
     Args:
-        labels: (B,) or (B, C) tensor or array. Never changed.
+        labels: (B,) or (B, C) tensor or array, or B detection targets. Never changed.
         slots: B decisions.
         insertion: "whole" or "graft".
         policy: of the labels, resolved.
+        sizes: B heights and widths of the images; detection targets need them.
     """
     places: dict[str, list[int]] = {}
     for i, slot in enumerate(slots):
@@ -125,11 +129,25 @@ def relabel(labels: Any, slots: Sequence[Slot], *, insertion: str, policy: Label
             places.setdefault(slot.class_name, []).append(i)
     if not places:
         return labels
+    if policy.kind == "detection":
+        each = zip(labels, slots, sizes, strict=True)
+        return type(labels)([relabel_one(*one, insertion=insertion, policy=policy) for one in each])
     mixed = labels.clone() if isinstance(labels, Tensor) else labels.copy()
     for name, rows in places.items():
         old = labels[rows]
         mixed[rows] = policy.add_nodule(old) if insertion == "graft" else policy.synthetic(old, name)
     return mixed
+
+
+def relabel_one(label: Any, slot: Slot, size: tuple[int, int], *, insertion: str, policy: LabelPolicy) -> Any:
+    """Gives one label as its slot wants it; see `relabel`."""
+    if slot.class_name is None:
+        return label
+    graft = insertion == "graft"
+    if policy.kind == "detection":
+        boxes = slot.boxes_at(*size)
+        return with_nodules(label, boxes, policy.nodule_number, size, replace=not graft, fill=policy.fill)
+    return policy.add_nodule(label) if graft else policy.synthetic(label, slot.class_name)
 
 
 def resize(images: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,8 +5,8 @@ An entry counts as positive from 0.5 up, so soft and smoothed labels have a clas
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from carim_aug.classnames import CHESTXRAY14, OTHER, TORCHXRAYVISION18, UNKNOWN, find, plain
+from carim_aug.detection import BACKGROUND, check_target, instances, is_target, is_targets
 from carim_aug.labelvalues import LabelError, as_array, description, emptied, filled, sum_to_one, wanted, with_columns
 
-KINDS = ("integer", "onehot", "multilabel")
+KINDS = ("integer", "onehot", "multilabel", "detection")
 POSITIVE = 0.5
 
 Label = TypeVar("Label")
@@ -28,20 +29,24 @@ class LabelPolicy:
 
     Attributes:
         kind: "integer" (class indices), "onehot" (rows that sum to 1, one-hot or soft), "multilabel" (a column per
-            finding: 0 to 1, NaN = not annotated) or "auto": integers without columns are "integer", rows of two that
-            sum to 1 "onehot", all else "multilabel". One-hot labels of more than two classes need kind="onehot".
+            finding: 0 to 1, NaN = not annotated), "detection" (targets with boxes, `carim_aug.detection`) or "auto":
+            targets are "detection", integers without columns "integer", rows of two that sum to 1 "onehot", all else
+            "multilabel". One-hot labels of more than two classes need kind="onehot".
         classes: names in the order of the indices or columns. By default ("No Finding", "Nodule") for integer and
             one-hot, and for multi-label the 14 of ChestX-ray14, the 18 of torchxrayvision, or ("Nodule",) for a single
-            column, which may also be a plain float per item.
+            column, which may also be a plain float per item. Detection counts from the background, 0: by default
+            ("__background__", "Nodule").
         nodule: which class the nodules are; case and underscores do not matter.
         normal: which class images without a finding are; "normal" and "healthy" will do for "No Finding". Multi-label
-            needs no column for it.
+            needs no column for it; in detection it is an image without boxes.
+        fill: detection: field of a target to its value for nodules that come in, None to leave the field alone.
     """
 
     kind: str = "auto"
     classes: tuple[str, ...] | None = None
     nodule: str = "Nodule"
     normal: str = "No Finding"
+    fill: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         """Check the names and take nodule and normal as the classes spell them."""
@@ -88,12 +93,14 @@ class LabelPolicy:
         """
         if self.classes is not None:
             return self
-        shape = None if label is None else as_array(label).shape
+        targets = self.kind == "detection" or is_target(label)
+        shape = None if label is None or targets else as_array(label).shape
         for _ in range(8):
             for attribute in ("classes",) if shape == () else ("pathologies", "classes"):
                 names = getattr(dataset, attribute, None)
                 if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
-                    if not shape or len(names) == shape[-1]:
+                    # Detection's label numbers count from the background: other lists of names are none of theirs.
+                    if names[0] == BACKGROUND if targets else not shape or len(names) == shape[-1]:
                         return replace(self, classes=tuple(names))
             dataset = getattr(dataset, "dataset", None)
         return self
@@ -113,6 +120,8 @@ class LabelPolicy:
         """
         if self._settled:
             return self
+        if self.kind == "detection" or (self.kind == "auto" and (is_target(label) or is_targets(label))):
+            return replace(self, kind="detection", classes=self.classes or (BACKGROUND, self.nodule))
         array = as_array(label)
         if array.ndim > 2 or (batch is False and array.ndim == 2):
             raise LabelError(f"labels must be {wanted(batch)}, got {description(label, array)}")
@@ -143,17 +152,25 @@ class LabelPolicy:
                 )
         return replace(self, kind=kind, classes=classes)
 
-    def check(self, labels: Any, *, batch: bool = True) -> None:
+    def check(self, labels: Any, *, batch: bool = True, sizes: Sequence[tuple[int, int]] | None = None) -> None:
         """Nothing if the labels fit.
 
         Args:
-            labels: (B,) or (B, C) if batch, else one label.
+            labels: (B,) or (B, C) or B detection targets if batch, else one label.
             batch: whether it is a batch.
+            sizes: heights and widths of the images, in which boxes must lie.
 
         Raises:
             LabelError: wrong rank, type, number of columns or value.
         """
         policy = self.resolve(labels, batch=batch)
+        if policy.kind == "detection":
+            targets = policy._targets(labels) if batch else [labels]
+            if sizes is not None and len(sizes) != len(targets):
+                raise LabelError(f"labels must be as many as images ({len(sizes)}), got {len(targets)}")
+            for i, target in enumerate(targets):
+                check_target(target, policy._names, None if sizes is None else sizes[i])
+            return
         array = as_array(labels)
         count = len(policy._names)
         described = description(labels, array)
@@ -207,6 +224,9 @@ class LabelPolicy:
             LabelError: an index outside the classes, or a wrong rank.
         """
         policy = self.resolve(label, batch=False)
+        if policy.kind == "detection":
+            numbers = instances(label)[1]
+            return policy.nodule if policy._nodule in numbers else OTHER if numbers else policy.normal
         array = as_array(label)
         if array.ndim > 1 or (array.ndim == 1 and policy.kind == "integer"):
             raise LabelError(f"label must be one label (kind={policy.kind!r}), got {description(label, array)}")
@@ -225,6 +245,8 @@ class LabelPolicy:
             LabelError: an index outside the classes, or a wrong rank.
         """
         policy = self.resolve(labels, batch=True)
+        if policy.kind == "detection":
+            return [policy.class_of(target) for target in policy._targets(labels)]
         array = as_array(labels)
         if array.ndim == 0 or (array.ndim != 1 and policy.kind == "integer"):
             raise LabelError(f"labels must be a batch (kind={policy.kind!r}), got {description(labels, array)}")
@@ -268,7 +290,7 @@ class LabelPolicy:
             LabelError: no such class.
         """
         known = tuple(dict.fromkeys((self.nodule, self.normal, *(self.classes or ()))))
-        if self.kind in ("multilabel", "auto"):
+        if self.kind in ("multilabel", "auto", "detection"):
             known += (OTHER, UNKNOWN)
         name = find(class_name, known) if isinstance(class_name, str) else None
         if name is None:
@@ -289,7 +311,7 @@ class LabelPolicy:
         """
         name = self.name_of(class_name)
         if name == self.normal:
-            return self.kind in ("multilabel", "auto") or self.classes is None or name in self.classes
+            return self.kind in ("multilabel", "auto", "detection") or self.classes is None or name in self.classes
         return name == self.nodule
 
     def synthetic(self, label_like: Label, class_name: str) -> Label:
@@ -311,6 +333,8 @@ class LabelPolicy:
         """
         policy = self.resolve(label_like)
         name = policy.name_of(class_name)
+        if policy.kind == "detection":
+            raise LabelError("labels of kind 'detection' change with their boxes: use carim_aug.detection.with_nodules")
         if not policy.can_make(name):
             raise LabelError(
                 f"class must be one that can be made, {policy.nodule!r} or {policy.normal!r} if labels have it, "
@@ -346,6 +370,21 @@ class LabelPolicy:
                 columns[policy._normal] = 0
             return with_columns(label, columns, len(policy._names))
         return policy.synthetic(label, policy.nodule)
+
+    @property
+    def nodule_number(self) -> int:
+        """The nodule class's place among the classes: its index, column, or number in detection."""
+        return self._nodule
+
+    @staticmethod
+    def _targets(labels: Any) -> Any:
+        """Detection targets of a batch, or LabelError."""
+        if not isinstance(labels, tuple | list) or not labels or not is_targets(labels):
+            raise LabelError(
+                f"labels must be a list or tuple of detection targets, one an image, got {type(labels).__name__}: "
+                "pass collate_fn=lambda batch: tuple(zip(*batch))"
+            )
+        return labels
 
     @property
     def _may_be_two_classes(self) -> bool:

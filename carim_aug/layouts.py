@@ -15,10 +15,14 @@ import torch
 from PIL.Image import Image as PILImage
 from torchvision import tv_tensors
 
+from carim_aug.detection import is_target, is_targets
+
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "x")
 LABEL_KEYS = ("label", "labels", "lab", "target", "targets", "y")
 MIN_SIZE = 16
 """Height and width in pixels below which an image is none that could hold a nodule."""
+FLAT = "the sample itself"
+"""Where the label is in a dict that is its own detection target: boxes and labels lie beside the image."""
 
 
 class LayoutError(TypeError):
@@ -35,7 +39,7 @@ class Layout:
 
     Attributes:
         image: key in a dict, index in a tuple or list.
-        label: the same.
+        label: the same; `FLAT` where a dict is its own detection target.
         is_dict: whether samples are dicts.
     """
 
@@ -50,8 +54,9 @@ class Layout:
         Args:
             sample: what a dataset returns for one index, or a batch of that from a DataLoader.
             spec: ("image key", "label key") of a dict, (image index, label index) of a tuple or list, or "auto". Auto
-                takes the first key of ``IMAGE_KEYS`` and of ``LABEL_KEYS`` that holds an image and a label; in a tuple
-                or list the first ``tv_tensors.Image``, or else the first tensor or array of rank 3 or 4, and the entry
+                takes the first key of ``IMAGE_KEYS`` and of ``LABEL_KEYS`` that holds an image and a label, or, where
+                boxes lie beside the image, the dict itself as the label; in a tuple or list the first
+                ``tv_tensors.Image``, or else the first tensor or array of rank 3 or 4, or list of them, and the entry
                 after it.
 
         Returns:
@@ -67,7 +72,6 @@ class Layout:
             raise LayoutError(
                 f"samples must be a dict or UserDict if a mapping, got {_what(sample)}: return dict(sample)"
             )
-        _refuse_detection(sample, sample)
         if isinstance(spec, str) and spec == "auto":
             image, label = _in_dict(sample) if is_dict else _in_sequence(sample)
         elif isinstance(spec, tuple | list) and len(spec) == 2:
@@ -80,11 +84,10 @@ class Layout:
         found_image, found_label = layout.get(sample)
         if not _is_image(found_image):
             raise _no_image(found_image, sample, f"at {image!r}")
-        _refuse_detection(found_label, sample)
         if not _is_label(found_label):
             raise LayoutError(
-                f"the label must be a number or a tensor or array of rank 0 to 2, got {_what(found_label)} "
-                f"at {label!r} of {_what(sample)}: make it a tensor, or {_advice(is_dict)}"
+                "the label must be a number, a tensor or array of rank 0 to 2, or a detection target with boxes, got "
+                f"{_what(found_label)} at {label!r} of {_what(sample)}: make it one of these, or {_advice(is_dict)}"
             )
         return layout
 
@@ -105,8 +108,11 @@ class Layout:
         ):
             raise LayoutError(f"samples must be {'dicts' if self.is_dict else 'tuples or lists'}, got {_what(sample)}")
         try:
-            if self.is_dict and (self.image not in sample or self.label not in sample):
+            flat = self.label == FLAT
+            if self.is_dict and (self.image not in sample or not (flat or self.label in sample)):
                 raise KeyError  # asking a defaultdict would add the key
+            if flat:
+                return sample[self.image], self._targets(sample)
             return sample[self.image], sample[self.label]
         except (LookupError, TypeError):
             raise LayoutError(
@@ -130,6 +136,14 @@ class Layout:
             LayoutError: the sample is of another structure.
         """
         image = _like(image, self.get(sample)[0])
+        if self.label == FLAT:
+            copied = copy.copy(sample)
+            several = isinstance(label, list)
+            for key in [key for key in sample if key != self.image]:
+                new = [target[key] for target in label] if several else label[key]
+                copied[key] = tuple(new) if isinstance(sample[key], tuple) and several else new
+            copied[self.image] = image
+            return copied
         if self.is_dict or isinstance(sample, list):
             copied = copy.copy(sample)
             copied[self.image], copied[self.label] = image, label
@@ -139,19 +153,30 @@ class Layout:
         make = getattr(type(sample), "_make", type(sample))  # a named tuple's constructor wants its fields one by one
         return make(entries)
 
+    def _targets(self, sample: Any) -> Any:
+        """The detection target that a flat sample is, or the list of them in a batch."""
+        images, fields = sample[self.image], [key for key in sample if key != self.image]
+        if not isinstance(images, tuple | list) and images.ndim == 3:
+            return {key: sample[key] for key in fields}
+        return [{key: sample[key][i] for key in fields} for i in range(len(images))]
+
 
 def check_images(images: Any, batch: bool, name: str = "images") -> None:
     """Nothing if these are images that can be mixed.
 
     Args:
-        images: tensor or array, (B, C, H, W) if batch, else (C, H, W); C 1 or 3; H and W at least 16; uint8, float16,
-            bfloat16, float32 or float64.
+        images: tensor or array, (B, C, H, W) if batch, or a list or tuple of B (C, H, W), else (C, H, W); C 1 or 3; H
+            and W at least 16; uint8, float16, bfloat16, float32 or float64.
         batch: whether it is a batch.
         name: what it is called in the error.
 
     Raises:
         ImageError: another type, rank, size, number of channels or dtype, or an empty batch.
     """
+    if batch and isinstance(images, tuple | list) and images:
+        for i, image in enumerate(images):
+            check_images(image, batch=False, name=f"{name}[{i}]")
+        return
     if not isinstance(images, torch.Tensor | np.ndarray):
         raise ImageError(f"{name} must be a tensor or an array, got {_what(images)}")
     shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
@@ -172,17 +197,29 @@ def check_images(images: Any, batch: bool, name: str = "images") -> None:
         raise ImageError(f"{name} must be uint8 or floating point, got {dtype}")
 
 
+def plain_images(images: Any) -> Any:
+    """Gives images as a plain tensor, or, where they are a list or tuple, as a list of plain tensors."""
+    if isinstance(images, tuple | list):
+        return [torch.as_tensor(image).as_subclass(torch.Tensor) for image in images]
+    return torch.as_tensor(images).as_subclass(torch.Tensor)
+
+
 def _in_dict(sample: Any) -> tuple[Any, Any]:
     images = [key for key in IMAGE_KEYS if key in sample]
     labels = [key for key in LABEL_KEYS if key in sample]
+    if "bboxes" in sample:
+        raise LayoutError(
+            f"samples with 'bboxes' are albumentations', got {_what(sample)}: graft in the pipeline itself with "
+            "carim_aug.integrations.albumentations, or call them 'boxes', XYXY in pixels"
+        )
+    if images and "boxes" in sample:
+        return next((key for key in images if _is_image(sample[key])), images[0]), FLAT
     for kind, keys, known in (("an image", images, IMAGE_KEYS), ("a label", labels, LABEL_KEYS)):
         if not keys:
             raise LayoutError(
                 f"samples must have {kind} under one of {list(known)}, got {_what(sample)}: {_advice(is_dict=True)}"
             )
     image = next((key for key in images if _is_image(sample[key])), images[0])
-    for key in labels:
-        _refuse_detection(sample[key], sample)
     return image, next((key for key in labels if _is_label(sample[key])), labels[0])
 
 
@@ -201,17 +238,24 @@ def _in_sequence(sample: Any) -> tuple[int, int]:
 def _is_image(entry: Any) -> bool:
     if isinstance(entry, tv_tensors.TVTensor):
         return isinstance(entry, tv_tensors.Image)
+    if isinstance(entry, tuple | list):
+        return bool(entry) and all(isinstance(one, torch.Tensor | np.ndarray) and one.ndim == 3 for one in entry)
     return isinstance(entry, torch.Tensor | np.ndarray) and entry.ndim in (3, 4) and "bool" not in str(entry.dtype)
 
 
 def _is_label(entry: Any) -> bool:
     if isinstance(entry, torch.Tensor | np.ndarray):
         return entry.ndim <= 2 and not isinstance(entry, tv_tensors.TVTensor)
+    if is_target(entry) or is_targets(entry):
+        return True
     return isinstance(entry, int | float | np.number | np.bool_)
 
 
 def _like(image: Any, old: Any) -> Any:
-    """The image as the class of the old one."""
+    """The image as the class of the old one, or the images of a list as those of the old one."""
+    if isinstance(old, tuple | list):
+        each = [_like(one, before) for one, before in zip(image, old, strict=True)]
+        return tuple(each) if isinstance(old, tuple) else each
     if isinstance(old, np.ndarray):
         return image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
     if isinstance(image, np.ndarray):
@@ -219,14 +263,6 @@ def _like(image: Any, old: Any) -> Any:
     if isinstance(old, tv_tensors.TVTensor):
         return tv_tensors.wrap(image, like=old)
     return image.as_subclass(torch.Tensor) if isinstance(image, tv_tensors.TVTensor) else image
-
-
-def _refuse_detection(entry: Any, sample: Any) -> None:
-    """Raise if the entry is a detection target, or a list of them."""
-    first = entry[0] if isinstance(entry, tuple | list) and entry else entry
-    has_boxes = isinstance(first, Mapping) and ("boxes" in first or "bboxes" in first)
-    if has_boxes or isinstance(first, tv_tensors.BoundingBoxes):
-        raise LayoutError(f"detection targets (boxes) are not supported yet by this version, got {_what(sample)}")
 
 
 def _no_image(entry: Any, sample: Any, where: str) -> LayoutError:

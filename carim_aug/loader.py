@@ -1,16 +1,17 @@
 """The whole job in one loader: plan in the workers, render in the main process, resume in mid-epoch (DESIGN 1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, default_collate
 
-from carim_aug.filler import Filler
+from carim_aug.filler import Filler, sizes_of
 from carim_aug.keys import fold
-from carim_aug.layouts import ImageError, Layout, LayoutError, check_images
+from carim_aug.layouts import ImageError, Layout, LayoutError, check_images, plain_images
 from carim_aug.plan import MixParams, Slot, check_epoch, check_state
 from carim_aug.wrapped import PlannedDataset
 
@@ -30,7 +31,7 @@ class MixLoader:
         sampler: in place of shuffle; its `set_epoch` is called where it has one.
         batch_sampler: in place of batch_size, shuffle, sampler and drop_last.
         drop_last: leave out the last batch if it is not full.
-        collate_fn: makes a batch from a list of samples; `default_collate` by default.
+        collate_fn: makes a batch from a list of samples; by default `default_collate`, for detection `side_by_side`.
         options: all else that a DataLoader takes.
     """
 
@@ -75,10 +76,11 @@ class MixLoader:
             batch_sampler = BatchSampler(sampler, batch_size, drop_last)
         self._samplers = (getattr(batch_sampler, "sampler", None), batch_sampler)
         self._batches = _FromStep(batch_sampler)
+        detection = planned.policy.kind == "detection"
         self.loader = DataLoader(
             planned,
             batch_sampler=self._batches,
-            collate_fn=_Collate(collate_fn or default_collate, planned.layout),
+            collate_fn=_Collate(collate_fn or (side_by_side if detection else default_collate), planned.layout),
             generator=self._seeds,
             **options,
         )
@@ -200,8 +202,7 @@ class MixLoader:
         return batch, params
 
     def _on_cuda(self, batch: Any) -> list[Tensor]:
-        found = self._layout_of(batch).get(batch)
-        return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_cuda]
+        return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_cuda]
 
     def _layout_of(self, batch: Any) -> Layout:
         """Where image and label are in a batch: as in a sample, unless a collate_fn of the user's moves them."""
@@ -215,15 +216,23 @@ class MixLoader:
         planned, layout = self._planned, self._layout_of(batch)
         images, labels = layout.get(batch)
         check_images(images, batch=True)
-        pixels = torch.as_tensor(images).as_subclass(Tensor)
-        self._filler.value_range.check(pixels)
+        pixels = plain_images(images)
+        self._filler.value_range.check_each(pixels)
         if len(pixels) != len(slots):
             raise ValueError(f"collate_fn must keep all {len(slots)} samples of a batch, got {len(pixels)} images")
         settled = self._filler.settle(pixels, slots, planned.planner)
         if any(slot.synthetic for slot in settled.slots):
-            planned.policy.check(labels)
+            planned.policy.check(labels, sizes=sizes_of(pixels))
         new, marked, params = self._filler.fill(pixels, labels, settled, planned.policy)
         return (batch if new is pixels else layout.put(batch, new, marked)), params
+
+
+def side_by_side(samples: list[Any]) -> Any:
+    """Gives a batch of tuples or dicts with a list in each place, as detectors want it: sizes may differ."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {key: [sample[key] for sample in samples] for key in first}
+    return tuple(list(entries) for entries in zip(*samples, strict=True))
 
 
 class _FromStep(Sampler[list[int]]):

@@ -11,12 +11,12 @@ from torchvision.transforms import v2
 
 from carim_aug.chances import added_counts, chances_of
 from carim_aug.checkpoint import PRIOR, fetch
-from carim_aug.filler import Filler, Settled
+from carim_aug.filler import Filler, Settled, sizes_of
 from carim_aug.gate import Gates
 from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import LIMIT
 from carim_aug.labels import LabelPolicy
-from carim_aug.layouts import Layout, check_images
+from carim_aug.layouts import Layout, check_images, plain_images
 from carim_aug.loader import MixLoader
 from carim_aug.masks import boxes_to_masks
 from carim_aug.placement import Placement, check_placement
@@ -310,7 +310,7 @@ class SyntheticNoduleMix(v2.Transform):
         """Decides for one batch: every random draw of the transform, keyed by (seed, epoch, images seen).
 
         Args:
-            flat_inputs: images (B, C, H, W) and labels (B,) or (B, C).
+            flat_inputs: images (B, C, H, W) or B of them, and labels (B,) or (B, C) or B detection targets.
         """
         images, labels = flat_inputs
         policy, planner = self._policy.resolve(labels, batch=True), self._planner
@@ -327,7 +327,9 @@ class SyntheticNoduleMix(v2.Transform):
         )
         self._step += len(slots)
         settled = self._filler(self.insertion).settle(images, slots, planner)
-        return MixParams(settled.slots, self.insertion, tuple(images.shape[-2:]), self.weights_hash)
+        sizes = sizes_of(images)
+        several = None if isinstance(images, Tensor) else sizes
+        return MixParams(settled.slots, self.insertion, sizes[0], self.weights_hash, sizes=several)
 
     def forward(self, *inputs: Any, params: MixParams | None = None) -> Any:
         """Mixes a batch.
@@ -358,11 +360,11 @@ class SyntheticNoduleMix(v2.Transform):
         layout = Layout.of(sample, self.layout)
         images, labels = layout.get(sample)
         check_images(images, batch=True)
-        pixels = torch.as_tensor(images).as_subclass(Tensor)
-        self.value_range.check(pixels)
+        pixels = plain_images(images)
+        self.value_range.check_each(pixels)
         check_order(self._policy, layout, labels)
         policy = self._policy.resolve(labels, batch=True)
-        policy.check(labels)
+        policy.check(labels, sizes=sizes_of(pixels))
         if len(labels) != len(pixels):
             raise ValueError(f"labels must be as many as images ({len(pixels)}), got {len(labels)}")
         if params is None:

@@ -162,6 +162,11 @@ class ValueRange:
                 f"got values from {smallest:g} to {largest:g}: {_remedy(smallest, largest)}"
             )
 
+    def check_each(self, images: Any, name: str = "images") -> None:
+        """As `check`, of one tensor or of each of a list of them."""
+        for one in [images] if isinstance(images, torch.Tensor) else images:
+            self.check(one, name)
+
     def from_symmetric(self, images: torch.Tensor, *, channels: int, dtype: torch.dtype) -> torch.Tensor:
         """Generated images as images of the user's.
 

@@ -4,7 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from carim_aug.chances import added_counts, chances_of
-from carim_aug.filler import Filler, Settled
+from carim_aug.detection import instances, is_target
+from carim_aug.filler import Filler, Settled, sizes_of
+from carim_aug.insertion import relabel_one
 from carim_aug.labels import LabelError, LabelPolicy
-from carim_aug.layouts import Layout, check_images
+from carim_aug.layouts import Layout, check_images, plain_images
 from carim_aug.plan import Planner, Slot, check_epoch
 from carim_aug.prior import LocationPrior
 
@@ -274,9 +276,9 @@ class MixedDataset(Dataset):
             return sample
         layout, policy = self.planned.layout, self.planned.policy
         label = layout.get(sample)[1]
+        policy.check(label, batch=False, sizes=sizes_of(pixels[None]))
         mixed = self.filler.pixels(pixels[None], settled)[0][0]
-        graft = self.filler.insertion == "graft"
-        new = policy.add_nodule(label) if graft else policy.synthetic(label, cast(str, slot.class_name))
+        new = relabel_one(label, slot, sizes_of(pixels[None])[0], insertion=self.filler.insertion, policy=policy)
         return layout.put(sample, mixed, new)
 
     def __iter__(self) -> Iterator[Any]:
@@ -291,7 +293,7 @@ class MixedDataset(Dataset):
         sample, slot = self.planned[index]
         image = self.planned.layout.get(sample)[0]
         check_images(image, batch=False)
-        pixels = torch.as_tensor(image).as_subclass(Tensor)
+        pixels = plain_images(image)
         self.filler.value_range.check(pixels, "image")
         return sample, self.filler.settle(pixels[None], [slot], self.planned.planner), pixels
 
@@ -389,6 +391,9 @@ def labels_without_images(dataset: Any) -> Any:
 
 def same_label(a: Any, b: Any) -> bool:
     """Says whether two labels of one sample are equal, NaN and all."""
+    if is_target(a) and is_target(b):
+        (boxes, numbers), (others, more) = instances(a), instances(b)
+        return numbers == more and torch.equal(boxes, others)
     try:
         x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     except (TypeError, ValueError):

@@ -114,7 +114,7 @@ def _label_count(draw, n, images, labels, side):
 
 def _label_type(draw, n, images, labels, side):
     bad = draw(st.sampled_from([[0] * n, "0" * n, None, {"boxes": torch.zeros(0, 4)}, [{"boxes": torch.zeros(0, 4)}]]))
-    return images, bad, {}, LayoutError, "label|detection"
+    return images, bad, {}, (LayoutError, LabelError), "label|detection"
 
 
 def _image_type(draw, n, images, labels, side):
@@ -309,8 +309,8 @@ class Unsized(Dataset):
                     {"boxes": tv_tensors.BoundingBoxes([[0, 0, 1, 1]], format="XYXY", canvas_size=(8, 8))},
                 )
             ],
-            LayoutError,
-            "detection targets",
+            LabelError,
+            "targets must have boxes and labels",
         ),
     ],
 )

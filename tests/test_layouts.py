@@ -165,21 +165,12 @@ def test_pil_images_are_told_the_way():
             Layout.of(sample)
 
 
-def test_detection_targets_are_not_supported_yet():
-    boxes, target = torch.zeros(1, 4), {"boxes": torch.zeros(1, 4), "labels": torch.ones(1)}
-    tv_boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(16, 16))
-    samples = [
-        (image(), target),
-        (image(batch=True), [target, target]),
-        (image(batch=True), (target, target)),
-        (image(), tv_boxes),
-        {"image": image(), "boxes": boxes, "labels": torch.ones(1)},
-        {"image": image(), "target": target},
-        {"image": np.zeros((16, 16, 1)), "bboxes": [], "label": 1},
-    ]
-    for sample in samples:
-        with pytest.raises(LayoutError, match="detection targets .* not supported yet"):
-            Layout.of(sample)
+def test_albumentations_boxes_are_told_the_way():
+    with pytest.raises(LayoutError, match="bboxes.*integrations.albumentations"):
+        Layout.of({"image": np.zeros((16, 16, 1)), "bboxes": [], "label": 1})
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=(16, 16))
+    with pytest.raises(LayoutError, match="detection target with boxes, got BoundingBoxes"):
+        Layout.of((image(), boxes))
 
 
 @pytest.mark.parametrize(
@@ -240,5 +231,5 @@ def test_one_image_where_a_batch_belongs_is_told_the_way():
 
 
 def test_a_label_of_words_is_told_the_way():
-    with pytest.raises(LayoutError, match="got str at 1 of .*: make it a tensor, or pass layout="):
+    with pytest.raises(LayoutError, match="got str at 1 of .*: make it one of these, or pass layout="):
         Layout.of((torch.zeros(1, 32, 32), "nodule"))

@@ -80,7 +80,8 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         targets: One per image: (14,) float32 tensors for "multilabel", else int, 1 with a nodule.
         patients: (N,) int64.
         views: (N,) "PA" or "AP".
-        classes: What the targets' columns or numbers mean: `FINDINGS`, or ("No Finding", "Nodule") for "nodule".
+        classes: What the targets' columns or numbers mean: `FINDINGS`, ("No Finding", "Nodule") for "nodule", or
+            ("__background__", *FINDINGS) for "detection".
         pathologies: `FINDINGS`, the columns of `labels`.
 
     Raises:
@@ -122,7 +123,8 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         keep = _finding_filter(findings)
         self.root = Path(root)
         self.split, self.target, self.transform, self.channels = split, target, transform, channels
-        self.classes = ("No Finding", "Nodule") if target == "nodule" else FINDINGS
+        meanings = {"nodule": ("No Finding", "Nodule"), "detection": ("__background__", *FINDINGS)}
+        self.classes: tuple[str, ...] = meanings.get(target, FINDINGS)
 
         rows = _read_entries(self.root)
         known = {"PA", "AP"} | {row[3] for row in rows}

@@ -32,11 +32,11 @@ def read_grey(path: str | Path, *, channels: int = 1) -> tv_tensors.Image:
     """
     try:
         with Image.open(path) as file:
-            mode = file.mode
+            mode, pixels = file.mode, None
             if mode.startswith("I;16") or (mode == "I" and file.format == "PNG"):  # older Pillow's name for it
                 pixels = np.rint(np.array(file) / 257).astype(np.uint8)
-            else:
-                pixels = None if mode[0] in "IF" else np.array(file.convert("L"))
+            elif mode[0] not in "IF":
+                pixels = np.array(file.convert("L"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image file") from error
     except _UNREADABLE as error:

@@ -138,7 +138,7 @@ def sensitivity(marks: Marks, rates: Sequence[float] = RATES, *, weights: Tensor
 
 
 def patient_weights(patients: Tensor, boxed: Tensor, *, generator: torch.Generator, draws: int = 2000) -> Tensor:
-    """Gives bootstrap weights over patients: those with a nodule and those without are drawn apart, with all their films.
+    """Gives bootstrap weights over patients: those with a nodule and those without drawn apart, with all their films.
 
     Args:
         patients: (N,) int64, whose each image is.
