@@ -31,10 +31,13 @@ from carim_aug.checkpoint import (
     fetch_beside,
 )
 from carim_aug.masks import check_masks
+from carim_aug.modelcard import completed_card, written_card
 from carim_aug.models.generator import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator, check_inputs
 from carim_aug.prior import LocationPrior
 from carim_aug.sealed import digest
 from carim_aug.shards import FILES, fetch_weights, write_weights
+
+CARD = "README.md"
 
 
 class NoduleGenerator(
@@ -72,6 +75,7 @@ class NoduleGenerator(
         self.provenance: dict[str, Any] = {}
         self._hashed: tuple[Any, str] = (None, "")
         self._prior: bytes | None = None  # the prior's file, kept from loading or saving
+        self._card: tuple[tuple[Any, ...], str] | None = None  # what the card beside the weights is about, and its text
 
     def forward(self, noise: Tensor, masks: Tensor) -> Tensor:
         """Gives images of the last scale.
@@ -243,31 +247,47 @@ class NoduleGenerator(
         generator.provenance = json.loads(texts["provenance"])
         beside = fetch_beside(pretrained_model_name_or_path, PRIOR, **where)
         generator._prior = None if beside is None else beside.read_bytes()
+        if (card := path.with_name(CARD)).is_file():
+            generator._card = generator._described(), card.read_text(encoding="utf-8")
         return generator.eval()
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Gives a card with the data, the recipe and the limits; keyword arguments become entries of its head."""
-        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), **kwargs})
-        facts = {
-            "Architecture": json.dumps(self.config.to_dict()),
-            "Training data": self.provenance.get("training_data", "none: untrained"),
-            "Recipe": json.dumps(self.provenance.get("recipe", {})),
-            "Git commit": self.provenance.get("git_commit", "unknown"),
-            "SHA-256 of the tensors": self.weights_hash,
-        }
-        lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-        prior = "" if self._prior is not None else ", prior=..."
-        return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# A generator of chest X-rays with lung nodules\n\n{lines}\n\n"
-            f"Load with `carim_aug.SyntheticNoduleMix.from_pretrained(NAME{prior})`, or the generator alone with "
-            "`carim_aug.NoduleGenerator.from_pretrained(NAME)`. Research use; not a medical device.\n"
+        """Gives a card with data, recipe, limits, licence and citation; keyword arguments become entries of its head.
+
+        A README.md that lay beside the weights when they were loaded is kept, if they, their prior and what is told of
+        them are still the same.
+        """
+        defaults = self._hub_mixin_info.model_card_data.to_dict()
+        if self._card is not None and self._card[0] == self._described():
+            card = completed_card(self._card[1], ModelCardData(**defaults))
+            card.data = ModelCardData(**{**card.data.to_dict(), **kwargs})
+            return card
+        return written_card(
+            ModelCardData(**{**defaults, **kwargs}),
+            architecture=self.config.to_dict(),
+            weights_hash=self.weights_hash,
+            provenance=self.provenance,
+            has_prior=self._prior is not None,
         )
+
+    def _described(self) -> tuple[Any, ...]:
+        """What a card is about."""
+        told = {name: value for name, value in self.provenance.items() if name != "carim_aug"}
+        return self.weights_hash, json.dumps(told, sort_keys=True), self._prior
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as architecture and tensors: a module under spectral norm cannot be pickled whole."""
         modes = [module.training for module in self.modules()]
         frozen = [not parameter.requires_grad for parameter in self.parameters()]
-        return _rebuild, (type(self), self.config, dict(self.state_dict()), self.provenance, self._prior, modes, frozen)
+        return _rebuild, (
+            type(self),
+            self.config,
+            dict(self.state_dict()),
+            self.provenance,
+            (self._prior, self._card),
+            modes,
+            frozen,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoduleGenerator":
         """Copies as architecture and tensors, so that the copy shares no class with the original (EVIDENCE)."""
@@ -297,13 +317,13 @@ def _rebuild(
     config: GeneratorConfig,
     state: dict[str, Tensor],
     provenance: dict[str, Any],
-    prior: bytes | None,
+    kept: tuple[bytes | None, Any],
     modes: list[bool],
     frozen: list[bool],
 ) -> NoduleGenerator:
     generator = _empty(kind, config)
     generator.load_state_dict(state, strict=True, assign=True)
-    generator.provenance, generator._prior = provenance, prior
+    generator.provenance, (generator._prior, generator._card) = provenance, kept
     for module, mode in zip(generator.modules(), modes, strict=True):
         module.training = mode
     for parameter, still in zip(generator.parameters(), frozen, strict=True):
