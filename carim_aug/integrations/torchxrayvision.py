@@ -38,7 +38,7 @@ class MixDataset(xrv.datasets.Dataset):
     which samples are synthetic, and who hosts the added ones, is chosen here, for the mix's epoch of this moment, and
     holds from then on; the nodules in them, their places and strengths are drawn anew in every epoch. For another
     choice make another `MixDataset` after `mix.set_epoch`; `mix.loader(dataset)` and `mix.wrap(dataset)` choose anew by
-    themselves, but keep no tables.
+    themselves, but keep no tables. Read this one with a DataLoader: `mix.loader` of it would mix a second time.
 
     A `transform` and `data_aug` of the data set's run before the mix, which sees what they give: boxes and masks are of
     that image.
