@@ -17,6 +17,7 @@ from carim_aug.loader import MixLoader
 from carim_aug.mix import SyntheticNoduleMix
 from carim_aug.narrowed import NarrowedPrior
 from carim_aug.plan import MixParams, Slot
+from carim_aug.pool import PoolError, SyntheticPool
 from carim_aug.prior import LocationPrior, PriorError
 from carim_aug.ranges import Normalization, RangeError, ValueRange
 from carim_aug.render import WorkerDeviceError
@@ -42,11 +43,13 @@ __all__ = [
     "NarrowedPrior",
     "Normalization",
     "NoduleGenerator",
+    "PoolError",
     "PriorError",
     "RangeError",
     "Slot",
     "SyntheticDataError",
     "SyntheticNoduleMix",
+    "SyntheticPool",
     "ValueRange",
     "WeightsError",
     "WorkerDeviceError",

@@ -4,7 +4,7 @@ One way for all three uses of the mix: `mix(images, labels)`, `mix.loader(...)` 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from carim_aug.gate import Candidates, Gates
 from carim_aug.insertion import contrasts, graft, put_in, relabel, render, resize
 from carim_aug.labels import LabelPolicy
-from carim_aug.placement import Placement, candidates, grounds
+from carim_aug.placement import Placement, again, candidates, grounds
 from carim_aug.plan import MixParams, Planner, Slot
+from carim_aug.pool import SyntheticPool
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
 
@@ -45,6 +46,7 @@ class Filler:
         insertion: "whole" or "graft".
         placement: of grafts, see `carim_aug.placement`.
         gates: that judge nodules; None: all pass.
+        pool: whose nodules come in place of those that the slots were planned with; None: they are rendered.
         weights_hash: of the generator.
     """
 
@@ -57,8 +59,10 @@ class Filler:
         placement: Placement,
         gates: Gates | None,
         weights_hash: str,
+        pool: SyntheticPool | None = None,
     ) -> None:
         """Keeps the parts."""
+        self.pool = pool
         self.renderer, self.value_range, self.insertion = renderer, value_range, insertion
         self.placement, self.gates, self.weights_hash = placement, gates, weights_hash
 
@@ -78,14 +82,15 @@ class Filler:
             return Settled(tuple(slots), {})
         where = self.placement if self.insertion == "graft" else "prior"
         found = grounds([images[i] for i in places], where, planner)
-        waiting = {i: candidates(slots[i], ground, planner) for i, ground in zip(places, found, strict=True)}
-        chosen, rendered = list(slots), {}
+        waiting = {i: candidates(self._draws(slots[i], planner), g) for i, g in zip(places, found, strict=True)}
+        chosen = list(slots)
+        rendered: dict[int, Tensor] = {}
         for _ in range(self.gates.tries if self.gates is not None else 1):
             drawn = {i: draw for i, draws in waiting.items() if (draw := next(draws, None)) is not None}
             if self.gates is None:
                 for i in waiting:
                     chosen[i] = drawn.get(i, slots[i].real())
-                return Settled(tuple(chosen), {})
+                return self._taken(chosen, rendered)
             # On the CPU one by one, so that no verdict depends on a batch, not by a rounding.
             device = self.renderer.device or images[places[0]].device
             groups = [[i] for i in drawn] if device.type == "cpu" else self._of_one_size(list(drawn), images)
@@ -99,7 +104,7 @@ class Filler:
             chosen[i] = slots[i].real()
             if self.gates is not None:
                 self.gates.exhausted()
-        return Settled(tuple(chosen), rendered)
+        return self._taken(chosen, rendered)
 
     def pixels(self, images: Images, settled: Settled) -> tuple[Images, Tensor]:
         """Gives the images with the synthetic slots filled, and the contrasts of grafts (`MixParams.contrasts`).
@@ -115,7 +120,7 @@ class Filler:
         known, missing = settled.rendered, [i for i in places if i not in settled.rendered]
         if missing:
             device = images[missing[0]].device
-            parts = render([slots[i] for i in missing], device, insertion=self.insertion, renderer=self.renderer)
+            parts = self._rendered([slots[i] for i in missing], device)
             known = {**known, **dict(zip(missing, parts, strict=True))}
         if self.insertion == "graft":
             added[places] = contrasts(torch.stack([known[i] for i in places]), [slots[i] for i in places])
@@ -145,6 +150,24 @@ class Filler:
             params = replace(params, sizes=sizes)
         return mixed, relabel(labels, settled.slots, insertion=self.insertion, policy=policy, sizes=sizes), params
 
+    def _draws(self, slot: Slot, planner: Planner) -> Callable[[int], Slot]:
+        pool = self.pool
+        if pool is None:
+            return again(slot, planner)
+        return lambda number: pool.slot(slot, (*slot.key, number))
+
+    def _taken(self, slots: Sequence[Slot], rendered: dict[int, Tensor]) -> Settled:
+        """Settled slots; those from a pool with its pixels, for it may change."""
+        for i, slot in enumerate(slots):
+            if self.pool is not None and slot.entry is not None:
+                rendered[i] = self.pool.take(slot)
+        return Settled(tuple(slots), rendered)
+
+    def _rendered(self, slots: Sequence[Slot], device: torch.device) -> Tensor:
+        if self.pool is not None and all(slot.entry is not None for slot in slots):
+            return torch.stack([self.pool.difference(slot) for slot in slots]).to(device)
+        return render(slots, device, insertion=self.insertion, renderer=self.renderer)
+
     def _put_in(self, images: Tensor, slots: Sequence[Slot], pixels: list[Tensor]) -> Tensor:
         made = torch.stack(pixels).to(images.device)
         return put_in(images, slots, made, insertion=self.insertion, value_range=self.value_range)
@@ -154,7 +177,7 @@ class Filler:
         assert self.gates is not None, "asked only where there is a gate"
         chosen = [drawn[i] for i in places]
         device = images[places[0]].device
-        pixels = render(chosen, device, insertion=self.insertion, renderer=self.renderer)
+        pixels = self._rendered(chosen, device)
         hosts, contrast = None, torch.full((len(chosen),), math.nan)
         if self.insertion == "graft":
             real = torch.stack([images[i] for i in places])

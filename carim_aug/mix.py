@@ -28,6 +28,7 @@ from carim_aug.plan import (
     check_state,
     check_strength,
 )
+from carim_aug.pool import SyntheticPool
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
@@ -60,6 +61,7 @@ class SyntheticNoduleMix(v2.Transform):
             image (1, C, H, W) to a mask (1, 1, h, w) keeps nodules in your own masks.
         strength: of grafts: their difference times this, in (0, 4], or (least, most) to draw from; below 1 for subtler
             nodules. What came of it is in `last_params.contrasts`.
+        pool: a `carim_aug.pool.SyntheticPool` of nodules rendered ahead, for grafts; they come in place of new ones.
         gate: which nodules are good enough: a function, a `carim_aug.gate.Gate`, or a list of them. Rejected ones are
             drawn again; `gate_report()` counts.
         labels: a `LabelPolicy`, or its kind; "auto" reads the first labels seen.
@@ -90,6 +92,7 @@ class SyntheticNoduleMix(v2.Transform):
         placement: Placement = "host",
         strength: float | tuple[float, float] = 1.0,
         gate: Any = None,
+        pool: SyntheticPool | None = None,
         labels: LabelPolicy | str = "auto",
         layout: Any = "auto",
         value_range: Any = "auto",
@@ -106,6 +109,13 @@ class SyntheticNoduleMix(v2.Transform):
             raise TypeError(f"generator must be a NoduleGenerator, got {type(generator).__name__}")
         if not isinstance(prior, LocationPrior):
             raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
+        if pool is not None and not isinstance(pool, SyntheticPool):
+            raise TypeError(f"pool must be a SyntheticPool, got {type(pool).__name__}")
+        if pool is not None and (insertion != "graft" or pool.generator.weights_hash != generator.weights_hash):
+            raise ValueError(
+                "pool must hold grafts of the mix's own generator: use from_pretrained(pool=pool, insertion='graft'), "
+                f"got insertion={insertion!r}"
+            )
         if insertion not in INSERTIONS:
             raise ValueError(f"insertion must be one of {INSERTIONS}, got {insertion!r}")
         how = {"p": p, "n_synthetic": n_synthetic, "sampling_strategy": sampling_strategy}
@@ -135,6 +145,7 @@ class SyntheticNoduleMix(v2.Transform):
         self.eligible, self.layout = eligible, layout
         self.value_range = ValueRange.of(value_range)
         self._gates = None if gate is None else Gates(gate)
+        self.pool = pool
         # Held in a tuple: a module attribute would make the generator part of a user's model.
         self._held = (generator, prior)
         self._renderer = Renderer(generator, device=device, dtype=dtype, batch_size=render_batch_size, compile=compile)
@@ -159,7 +170,7 @@ class SyntheticNoduleMix(v2.Transform):
         """Gives a mix with trained weights and a fitted prior.
 
         Args:
-            name_or_path: a folder or a hub id; None: the bundled weights.
+            name_or_path: a folder or a hub id; None: the weights of `pool` if there is one, else the bundled ones.
             revision: of the hub repository.
             local_files_only: never ask the hub.
             cache_dir: of the hub's files.
@@ -171,6 +182,8 @@ class SyntheticNoduleMix(v2.Transform):
             WeightsError: weights that are missing, damaged or not ours, or no prior beside them and none given.
             PriorError: a damaged prior.
         """
+        if isinstance(options.get("pool"), SyntheticPool) and name_or_path is None:
+            return cls(options["pool"].generator, prior or options["pool"].prior, **options)
         where: Any = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
         generator = NoduleGenerator.from_pretrained(name_or_path, **where)
         if prior is None:
@@ -242,6 +255,7 @@ class SyntheticNoduleMix(v2.Transform):
             placement=self.placement,
             gates=self._gates,
             weights_hash=self.weights_hash,
+            pool=self.pool,
         )
 
     # --- A and B ---

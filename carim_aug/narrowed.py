@@ -60,6 +60,7 @@ class NarrowedPrior(LocationPrior):
         if count is not None:
             low, high = _range("count", (count, count) if isinstance(count, int) else count, 1, 64)
             self._wanted: tuple[int, int] | None = (int(low), int(high))
+            self.max_count = int(high)
         else:
             self._wanted = None
         self._region = None if region is None else _region(region, prior.field)

@@ -80,33 +80,43 @@ def grounds(images: Sequence[Tensor] | Tensor, placement: Placement, planner: Pl
     return [Ground(own) if bool(own.any()) else None for own in lungs]
 
 
-def candidates(slot: Slot, ground: Ground | None, planner: Planner) -> Iterator[Slot]:
+def again(slot: Slot, planner: Planner) -> Callable[[int], Slot]:
+    """Gives what draws a slot for its n-th try: the slot itself first, then from the key (..., n)."""
+
+    def draw(number: int) -> Slot:
+        if not number:
+            return slot
+        return replace(planner.regenerate((*slot.key, number), str(slot.class_name)), host=slot.host)
+
+    return draw
+
+
+def candidates(draw: Callable[[int], Slot], ground: Ground | None) -> Iterator[Slot]:
     """Gives the draws of a slot, one after the other, that suit their host: first its own, then those of its tries.
 
     One that was drawn again has the number of the try at the end of its key, from which
     `SyntheticNoduleMix.regenerate` makes it.
 
     Args:
-        slot: synthetic.
+        draw: from the number of a try, from 0, to a synthetic slot.
         ground: where its host's nodules may lie.
-        planner: that made it.
     """
+    first = draw(0)
     for number in range(TRIES_INSIDE):
-        draw = slot
-        if number:
-            draw = replace(planner.regenerate((*slot.key, number), str(slot.class_name)), host=slot.host)
-        if ground is None or not len(draw.boxes):
-            yield draw
+        drawn = draw(number) if number else first
+        if ground is None or not len(drawn.boxes):
+            yield drawn
             continue
-        centres = torch.from_numpy((draw.boxes[:, :2] + draw.boxes[:, 2:]) / 2 * FIELD_SIZE).long()
+        centres = torch.from_numpy((drawn.boxes[:, :2] + drawn.boxes[:, 2:]) / 2 * FIELD_SIZE).long()
         column, row = centres.clamp(0, FIELD_SIZE - 1).T
         inside = ground.inside[row, column].float()
         # The mean over a film's boxes, so that films with several nodules are not drawn again more often.
         chance = float(inside.min() if ground.strict else (inside + KEPT_OUTSIDE * (1 - inside)).mean())
-        if stream(*draw.key, 0).random() < chance:
-            yield draw
+        key = drawn.key if drawn.entry is None else (*drawn.key, number)
+        if stream(*key, 0).random() < chance:
+            yield drawn
         elif number == TRIES - 1 and not ground.strict:
-            yield slot
+            yield first
 
 
 def placed(
@@ -125,7 +135,7 @@ def placed(
     places = [i for i, slot in enumerate(slots) if len(slot.boxes)]
     chosen = list(slots)
     for i, ground in zip(places, grounds([images[i] for i in places], placement, planner), strict=True):
-        chosen[i] = next(candidates(slots[i], ground, planner), slots[i].real())
+        chosen[i] = next(candidates(again(slots[i], planner), ground), slots[i].real())
     return tuple(chosen)
 
 

@@ -29,6 +29,7 @@ class Slot:
         host: place in the data set of the real sample that is replaced, or into which the nodule is grafted.
         strength: of a graft: its difference is multiplied by this.
         score: that the gate gave the slot; NaN without a gate.
+        entry: key of the pool's entry that the nodules come from; None without a pool.
     """
 
     key: tuple[int, ...]
@@ -38,6 +39,7 @@ class Slot:
     host: int
     strength: float = 1.0
     score: float = math.nan
+    entry: tuple[int, ...] | None = None
 
     @property
     def synthetic(self) -> bool:
@@ -61,7 +63,7 @@ class Slot:
         return hash(self._parts())
 
     def _parts(self) -> tuple[Any, ...]:
-        return self.key, self.class_name, self.noise_seed, self.boxes.tobytes(), self.host, self.strength
+        return self.key, self.class_name, self.noise_seed, self.boxes.tobytes(), self.host, self.strength, self.entry
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,11 @@ class MixParams:
 
     @property
     def keys(self) -> list[tuple[int, ...]]:
-        """B keys (seed, epoch, index, ...), enough to generate a slot again (`SyntheticNoduleMix.regenerate`)."""
-        return [s.key for s in self.slots]
+        """B keys (seed, epoch, index, ...), enough to generate a slot again (`SyntheticNoduleMix.regenerate`).
+
+        Of slots from a pool, the keys of its entries: `SyntheticPool.regenerate` makes them.
+        """
+        return [s.entry or s.key for s in self.slots]
 
     @property
     def gate_scores(self) -> Tensor:

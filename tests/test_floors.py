@@ -57,6 +57,7 @@ FLOORS = {
     "hosts": 2,
     "render": 4,
     "insertion": 4.5,
+    "pool": 4.7,
     "gate": 4.6,
     "filler": 4.8,
     "wrapped": 5,
