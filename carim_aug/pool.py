@@ -96,7 +96,7 @@ class SyntheticPool:
         needed = size * (4 * side * side + 16 * most + 8 * (ROWS + 4))
         check_memory(needed, size, max_bytes)
         self.generator, self.prior, self.seed, self.reuse = generator, prior, seed, reuse
-        self._planner = Planner(prior, seed=seed, nodule=_NODULE, chances={})
+        self.planner = Planner(prior, seed=seed, nodule=_NODULE, chances={})
         where = torch.device("cpu") if device is None else device
         self._renderer: Renderer | None = Renderer(generator, device=where, dtype=dtype, batch_size=batch_size)
         self._differences = torch.zeros(size, 1, side, side).share_memory_()
@@ -196,7 +196,7 @@ class SyntheticPool:
 
     def regenerate(self, key: tuple[int, ...]) -> PooledNodule:
         """Gives the entry of a key (seed, generation, index) again, rendered anew."""
-        slot = self._planner.regenerate(tuple(key), _NODULE)
+        slot = self.planner.regenerate(tuple(key), _NODULE)
         difference = self._ready().differences([slot], torch.device("cpu"))[0]
         return PooledNodule(tuple(key), slot.noise_seed, slot.boxes, difference)
 
@@ -292,7 +292,7 @@ class SyntheticPool:
             for start in range(0, len(indices), renderer.batch_size):
                 part = indices[start : start + renderer.batch_size]
                 keys = [(self.seed, int(self._facts[i, 1]) + 1, i) for i in part]
-                slots = [self._planner.regenerate(key, _NODULE) for key in keys]
+                slots = [self.planner.regenerate(key, _NODULE) for key in keys]
                 differences = renderer.differences(slots, torch.device("cpu"))
                 for i, key, slot, difference in zip(part, keys, slots, differences, strict=True):
                     used = int(self.uses[i])
