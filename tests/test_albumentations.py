@@ -1,6 +1,9 @@
 """albumentations: grafts with their boxes and masks, seeded per worker and epoch, serialisable, replayable."""
 
+import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,6 +167,145 @@ def test_with_an_index_any_number_of_workers_gives_the_same(weights):
     assert torch.equal(one, epochs(weights, 2, True, indexed=True)) and not torch.equal(one[0], one[1])
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_draws_without_an_index_depend_on_our_seed_alone(weights, persistent):
+    found = []
+    for torch_seed in (1, 2):
+        step = transform(weights, size=400, seed=5, reuse=1000)  # so that the pool stays as it is
+        loader = DataLoader(
+            Films(step, indexed=False),
+            batch_size=6,
+            num_workers=2,
+            persistent_workers=persistent,
+            generator=torch.Generator().manual_seed(torch_seed),
+        )
+        epochs = []
+        for epoch in (0, 1, 0):
+            step.set_epoch(epoch)
+            epochs.append(torch.cat(list(loader)))
+        assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+        found.append(torch.stack(epochs))
+    assert torch.equal(*found)
+
+
+def test_ranks_draw_different_nodules(weights, monkeypatch):
+    drawn = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        step = transform(weights, size=400, seed=6)
+        for _ in range(12):
+            A.Compose([step])(image=IMAGE)
+            drawn.append(tuple(step.get_applied_params()["entry"]))
+    assert len(set(drawn)) > 20  # of 24
+
+
+def test_spawned_workers_that_stay_alive_see_the_epoch(weights):
+    step = transform(weights, reuse=1000)
+    loader = DataLoader(
+        Films(step, indexed=True),
+        batch_size=12,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    first = torch.cat(list(loader))
+    step.set_epoch(1)
+    second = torch.cat(list(loader))
+    assert not torch.equal(first, second)
+    other = Films(transform(weights, reuse=1000), indexed=True)
+    assert torch.equal(first, torch.stack([other[i] for i in range(24)]))
+
+
+def test_a_deep_copy_shares_pool_and_epoch(weights):
+    step = transform(weights)
+    twin = copy.deepcopy(pipeline(step)).transforms[0]
+    step.set_epoch(7)
+    assert twin is not step and twin.pool is step.pool
+    drawn = [A.Compose([s])(image=IMAGE, index=1)["image"] for s in (step, twin)]
+    assert (drawn[0] == drawn[1]).all()
+    step(image=IMAGE), twin(image=IMAGE)
+    assert step._counts[1] == 2  # both have counted
+
+
+# --- What the user's labels become ---
+def test_longer_labels_are_not_cut_off_and_arrays_stay_arrays(weights):
+    step = pipeline(transform(weights, label="nodule"))
+    done = step(image=IMAGE, bboxes=OLD, labels=np.array(["mass", "mass"]), index=3)
+    assert isinstance(done["labels"], np.ndarray) and done["labels"].tolist()[:3] == ["mass", "mass", "nodule"]
+    step = pipeline(transform(weights, label="nodule"))
+    done = step(image=IMAGE, bboxes=np.zeros((0, 4)), labels=np.array([], dtype="<U1"), index=3)
+    assert isinstance(done["labels"], np.ndarray) and set(done["labels"]) == {"nodule"}
+    done = step(image=IMAGE, bboxes=OLD, labels=np.array(["consolidation", "mass"]), index=3)
+    assert done["labels"].tolist()[:3] == ["consolidation", "mass", "nodule"]
+    step = pipeline(transform(weights, label=2))
+    for boxes, old in ((np.zeros((0, 4)), []), (OLD, [7, 8])):
+        done = step(image=IMAGE, bboxes=boxes, labels=np.array(old, dtype=np.int64), index=3)
+        assert done["labels"].dtype == np.int64 and done["labels"].tolist()[: len(old) + 1] == [*old, 2]
+
+
+def test_labels_of_another_kind_are_refused_and_not_recoded(weights):
+    with pytest.raises(ValueError, match="'labels', which holds strings, got 1"):
+        pipeline(transform(weights))(image=IMAGE, bboxes=OLD, labels=["mass", "heart"])
+    step = pipeline(transform(weights, label="nodule"))
+    step(image=IMAGE, bboxes=[], labels=[])
+    with pytest.raises(ValueError, match="'labels', which holds numbers, got 'nodule'"):
+        step(image=IMAGE, bboxes=OLD, labels=[7, 8])
+    with pytest.raises(ValueError, match="label must be a string, a number"):
+        transform(weights, label=None)
+
+
+def test_an_image_never_changes_without_its_boxes(weights):
+    step = transform(weights, size=64)
+    for limits in ({"min_area": 40.0}, {"min_width": 9.0}, {"min_area": 5000.0}):
+        grafted = 0
+        boxed = A.Compose([step], bbox_params=A.BboxParams("pascal_voc", ["labels"], **limits))
+        for index in range(15):
+            done = boxed(image=IMAGE, bboxes=[], labels=[], index=index)
+            changed = bool((done["image"] != IMAGE).any())
+            assert changed == bool(len(done["bboxes"])) == bool(len(done["labels"]))
+            if changed:
+                grafted += 1
+                weight = feather([torch.tensor(np.array(done["bboxes"]), dtype=torch.float32)], (96, 120))[0, 0]
+                assert not (done["image"] != IMAGE)[..., 0][weight.numpy() < 1e-4].any()
+        assert grafted > 5 if limits.get("min_area") != 5000.0 else grafted == 0
+
+
+def test_boxes_contain_99_percent_of_what_is_added(weights):
+    image, shares = np.full((256, 256), 0.5, dtype=np.float32), []
+    for index in range(40):
+        done = pipeline(transform(weights, size=64))(image=image, bboxes=[], labels=[], index=index)
+        added = np.abs(done["image"] - image)
+        inside = boxes_to_masks([torch.tensor(np.array(done["bboxes"]), dtype=torch.float32)], 256)[0, 0].numpy()
+        shares.append((added * inside).sum() / added.sum())
+    assert np.mean(shares) > 0.99
+
+
+def test_boxes_may_have_their_label_as_fifth_entry(weights):
+    step = A.Compose([transform(weights, label=4)], bbox_params=A.BboxParams("pascal_voc"))
+    for boxes, old in ((np.hstack([OLD, [[7], [8]]]), [7, 8]), (np.zeros((0, 5)), []), ([], [])):
+        done = np.array(step(image=IMAGE, bboxes=boxes, index=3)["bboxes"])
+        assert done[: len(old), 4].tolist() == old and len(done) > len(old) and set(done[len(old) :, 4]) == {4}
+
+
+def test_channels_of_a_mask_get_a_value_each_and_strict_pipelines_know_the_index(weights):
+    mask = np.full((96, 120, 3), 7, np.uint8)
+    step = A.Compose([transform(weights, mask_value=[None, 0, 9])], strict=True)
+    done = step(image=IMAGE, mask=mask, index=3)["mask"].reshape(-1, 3)
+    assert np.unique(done, axis=0).tolist() == [[7, 0, 9], [7, 7, 7]]
+    with pytest.raises(ValueError, match="each of a mask's 3 channels, got 1"):
+        A.Compose([transform(weights)])(image=IMAGE, mask=mask)
+
+
+def test_the_base_package_does_not_import_albumentations_and_the_extra_is_named():
+    lines = (
+        "import sys; import carim_aug; assert 'albumentations' not in sys.modules",
+        "sys.modules['albumentations'] = None",
+        "import carim_aug.integrations.albumentations",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install carim-aug[albumentations]" in done.stderr
+
+
 def test_set_epoch_renders_anew_what_was_used_often(weights):
     step = transform(weights, size=3, reuse=2, seed=11)
     for index in range(12):
@@ -183,18 +325,27 @@ def test_bad_input_is_named(weights):
     step = transform(weights)
     for image, words in (
         (IMAGE.astype(np.float64), "image must be uint8, or float32"),
-        (IMAGE.astype(np.float32), "must lie in"),
+        (IMAGE.astype(np.float32), "must lie in .* before A.Normalize"),
         (np.zeros((96, 120, 4), np.uint8), r"\(H, W, 3\), got \(96, 120, 4\)"),
     ):
         with pytest.raises(ValueError, match=words):
             A.Compose([step])(image=image)
+    for boxes in (OLD, OLD.tolist()):
+        with pytest.raises(ValueError, match=r"bboxes must come with A.Compose\(\.\.\., bbox_params"):
+            A.Compose([step])(image=IMAGE, bboxes=boxes)
+    with pytest.raises(ValueError, match=r"image must be given .* got \['images'\]"):
+        A.Compose([step])(images=IMAGE[None])
+    with pytest.raises(TypeError, match="index must be an integer, got 2.5"):
+        A.Compose([step])(image=IMAGE, index=2.5)
+    with pytest.raises(ValueError, match="bboxes must have 4 entries where BboxParams has label_fields"):
+        pipeline(step)(image=IMAGE, bboxes=np.hstack([OLD, [[7], [8]]]), labels=[1, 2])
     with pytest.raises(ValueError, match="bboxes must come with labels"):
         A.Compose([step], bbox_params=A.BboxParams("pascal_voc"))(image=IMAGE, bboxes=OLD)
     with pytest.raises(ValueError, match="value for each of the label_fields"):
         pipeline(transform(weights, label={"labels": 1}), fields=("labels", "reader"))(
             image=IMAGE, bboxes=OLD, labels=[1, 2], reader=[1, 2]
         )
-    with pytest.raises(ValueError, match="label must be of the kind of the field 'labels', got 'nodule'"):
+    with pytest.raises(ValueError, match="kind of the field 'labels', which holds numbers, got 'nodule'"):
         pipeline(transform(weights, label="nodule"))(image=IMAGE, bboxes=OLD, labels=[1, 2])
     with pytest.raises(ValueError, match=r"\[0.0, 1.0\]|x_max"):  # declared as parts of the image, given in pixels
         pipeline(step, "albumentations")(image=IMAGE, bboxes=OLD, labels=[1, 2])

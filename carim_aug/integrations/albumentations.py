@@ -9,6 +9,12 @@ pipeline = A.Compose(
 )
 """
 
+import copy
+import os
+from collections.abc import Callable
+from itertools import islice
+from numbers import Real
+from operator import index as as_index
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,10 +26,10 @@ from torch.utils.data import get_worker_info
 from carim_aug.insertion import graft
 from carim_aug.keys import stream
 from carim_aug.masks import boxes_to_masks
-from carim_aug.placement import PLACEMENTS, candidates, grounds
+from carim_aug.placement import PLACEMENTS, TRIES, candidates, grounds
 from carim_aug.plan import Slot, check_epoch, check_strength
-from carim_aug.pool import SyntheticPool
-from carim_aug.ranges import ValueRange
+from carim_aug.pool import ROWS, SyntheticPool
+from carim_aug.ranges import RangeError, ValueRange
 
 try:
     import albumentations as A
@@ -39,18 +45,20 @@ class GraftNodule(A.DualTransform):
 
     Adds a box for each nodule, in the format of `bbox_params`, with its label in each of the `label_fields`; draws it
     as an ellipse into `mask`, and adds that ellipse to `masks` as one more. Keypoints stay. Nothing outside the
-    feathered boxes changes.
+    feathered boxes changes. A nodule whose box `bbox_params` would drop for its size is drawn again, or not grafted.
 
     What comes of a sample is keyed by (seed, epoch, the sample's `index`) where the call has an `index`, and else by
-    the worker and the samples it has seen: different in every worker and every epoch, unlike albumentations' own seeds.
+    the rank, the worker and the samples it has seen since `set_epoch`, counted in shared memory: different in every
+    rank, worker and epoch, set or not, unlike what albumentations' own seeds give. Keys draw from the pool as it is:
+    once `set_epoch` or a thread has rendered entries anew, the same key gives another nodule.
 
     Args:
         weights: folder or hub id of the generator and its prior; None: the bundled ones.
         size: entries of the pool.
         reuse: uses after which `set_epoch` renders an entry anew.
         seed: of the pool and of all decisions.
-        label: of new boxes: one value, or a dict from label field to value.
-        mask_value: of a nodule's pixels in `mask`.
+        label: of new boxes: a string or a number as the label fields hold, or a dict from label field to value.
+        mask_value: of a nodule's pixels in `mask`; of one (H, W, C), a list of C values, None for a channel that stays.
         strength: of the difference, in (0, 4], or (least, most).
         placement: "host": about as real nodules lie in the film's own lungs; "prior": unseen.
         p: chance of a graft.
@@ -71,7 +79,7 @@ class GraftNodule(A.DualTransform):
         reuse: int = 4,
         seed: int = 0,
         label: Any = 1,
-        mask_value: int = 1,
+        mask_value: float | list[float | None] = 1,
         strength: float | tuple[float, float] = 1.0,
         placement: str = "host",
         p: float = 0.5,
@@ -81,13 +89,28 @@ class GraftNodule(A.DualTransform):
         if placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
         check_strength(strength)
+        for value in label.values() if isinstance(label, dict) else [label]:
+            if not isinstance(value, str | Real):
+                raise ValueError(f"label must be a string, a number or a dict of these, got {value!r}")
         self.weights, self.size, self.reuse, self.label = weights, size, reuse, label
         self.mask_value, self.strength, self.placement = mask_value, strength, placement
-        self._seed, self._seen = seed, 0
+        self._seed = seed
         key = (weights, size, reuse, seed)
         self._pool = _POOLS.get(key) or SyntheticPool.from_pretrained(weights, size=size, reuse=reuse, seed=seed)
         _POOLS[key] = self._pool
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # The epoch; then the samples that the main process and each worker have seen in it.
+        self._counts = torch.zeros(1 + ROWS, dtype=torch.int64).share_memory_()
+
+    @property
+    def targets(self) -> dict[str, Callable[..., Any]]:
+        """What is changed: no volumes, and no batches of images."""
+        names = ("image", "mask", "masks", "bboxes", "keypoints")
+        return {name: function for name, function in super().targets.items() if name in names}
+
+    @property
+    def available_keys(self) -> set[str]:
+        """What a call may have, the `index` too."""
+        return self._available_keys | {"index"}
 
     @property
     def pool(self) -> SyntheticPool:
@@ -96,8 +119,18 @@ class GraftNodule(A.DualTransform):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, which workers that are alive see, and renders anew what has been used often."""
-        self._epoch.fill_(check_epoch(epoch))
+        check_epoch(epoch)
+        self._counts.zero_()
+        self._counts[0] = epoch
         self._pool.refresh()
+
+    def __call__(self, *args: Any, force_apply: bool = False, **kwargs: Any) -> Any:
+        """Gives the sample, with nodules or as it was; bad samples are named whether they get any or not."""
+        if "image" not in kwargs:
+            raise ValueError(f"image must be given for a nodule to be grafted into, got {sorted(kwargs)}")
+        if kwargs.get("bboxes") is not None:
+            self._labels(0, kwargs)
+        return super().__call__(*args, force_apply=force_apply, **kwargs)
 
     def get_transform_init_args(self) -> dict[str, Any]:
         """Gives what `A.to_dict` keeps; the seed too, which albumentations would leave out."""
@@ -118,7 +151,10 @@ class GraftNodule(A.DualTransform):
         image = _as_tensor(data["image"])
         (ground,) = grounds(image, self.placement, self._pool.planner)
         planned = Slot(key, "Nodule", 0, np.zeros((0, 4), np.float32), -1)
-        slot = next(candidates(lambda number: self._pool.slot(planned, (*key, number)), ground))
+        drawn = candidates(lambda number: self._pool.slot(planned, (*key, number)), ground)
+        slot = next((slot for slot in islice(drawn, TRIES) if self._kept(slot, data)), None)
+        if slot is None:
+            return {"entry": None, "strength": 1.0}
         self._pool.take(slot)
         assert slot.entry is not None, "the pool's"
         return {"entry": list(slot.entry), "strength": low + (high - low) * float(rng.random())}
@@ -138,7 +174,16 @@ class GraftNodule(A.DualTransform):
             return mask
         inside = self._ellipses(entry, mask.shape[:2]).amax(dim=0).numpy() > 0
         changed = mask.copy()
-        changed[inside] = self.mask_value
+        channels = changed if changed.ndim == 3 else changed[..., None]
+        values = self.mask_value if isinstance(self.mask_value, list) else [self.mask_value]
+        if len(values) != channels.shape[2]:
+            raise ValueError(
+                f"mask_value must be a list with a value, or None, for each of a mask's {channels.shape[2]} channels, "
+                f"got {self.mask_value!r}"
+            )
+        for channel, value in enumerate(values):
+            if value is not None:
+                channels[inside, channel] = value
         return changed
 
     def apply_to_masks(self, masks: np.ndarray, entry: list[int] | None, **params: Any) -> np.ndarray:
@@ -158,30 +203,55 @@ class GraftNodule(A.DualTransform):
         """Gives the boxes, (N, 4 + labels) with sides in [0, 1], and one more for each nodule."""
         if entry is None:
             return bboxes
-        boxes = self._nodules(entry)[0].boxes.astype(np.float32)
-        labels = self._labels(len(boxes), bboxes)
-        return np.concatenate([bboxes.reshape(-1, 4 + labels.shape[1]), np.hstack([boxes, labels])])
+        labels = params["labels"]
+        new = np.hstack([self._nodules(entry)[0].boxes, labels]).astype(bboxes.dtype)
+        return np.concatenate([bboxes, new]) if len(bboxes) else new
 
     def apply_with_params(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As albumentations', but an empty list of masks gets the nodules' too."""
+        """As albumentations', but new boxes know the label fields, and an empty list of masks gets the nodules' too."""
+        if params.get("entry") is None:
+            return kwargs
+        if kwargs.get("bboxes") is not None:
+            boxes = self._nodules(params["entry"])[0].boxes
+            params = {**params, "labels": self._labels(len(boxes), kwargs)}
         done = super().apply_with_params(params, *args, **kwargs)
-        if params.get("entry") is not None and isinstance(kwargs.get("masks"), list | tuple) and not kwargs["masks"]:
+        if isinstance(kwargs.get("masks"), list | tuple) and not kwargs["masks"]:
             ellipses = self._ellipses(params["entry"], kwargs["image"].shape[:2])
             done["masks"] = list(ellipses.to(torch.uint8).numpy())
         return done
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Keeps the pool, whose copy draws and does not render."""
-        return dict(self.__dict__)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Shares the counts again: workers of a copy must see them."""
+        self.__dict__.update(state)
+        self._counts.share_memory_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraftNodule":
+        """Gives a copy with the same pool, epoch and counts, so that it does not repeat this one."""
+        memo[id(self._pool)], memo[id(self._counts)] = self._pool, self._counts
+        twin = memo[id(self)] = copy.copy(self)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def _key(self, data: dict[str, Any]) -> tuple[int, ...]:
-        epoch, index = int(self._epoch), data.get("index")
+        epoch, index = int(self._counts[0]), data.get("index")
         if index is not None:
-            return (self._seed, epoch, int(index))
-        self._seen += 1
+            try:
+                return (self._seed, epoch, as_index(index))
+            except TypeError:
+                raise TypeError(f"index must be an integer, got {index!r}") from None
         worker = get_worker_info()
-        more = () if worker is None else (worker.seed % 2**63,)
-        return (self._seed, epoch, self._seen, *more)
+        row = 0 if worker is None else 1 + worker.id
+        place = 1 + row % ROWS
+        self._counts[place] += 1
+        return (self._seed, epoch, int(self._counts[place]), row, int(os.environ.get("RANK", 0)))
+
+    def _kept(self, slot: Slot, data: dict[str, Any]) -> bool:
+        """Whether `bbox_params` keeps all boxes of a slot: an image must not change without its boxes."""
+        processor = self.get_processor("bboxes")
+        if processor is None or data.get("bboxes") is None:
+            return True
+        height, width = data["image"].shape[:2]
+        return len(processor.filter(slot.boxes, {"height": height, "width": width})) == len(slot.boxes)
 
     def _nodules(self, entry: list[int]) -> tuple[Slot, Tensor]:
         key = (int(entry[0]), int(entry[1]), int(entry[2]))
@@ -194,33 +264,61 @@ class GraftNodule(A.DualTransform):
         boxes = self._nodules(entry)[0].boxes_at(height, width)
         return boxes_to_masks(list(boxes[:, None]), (height, width), shape="ellipse")[:, 0]
 
-    def _labels(self, n: int, bboxes: np.ndarray) -> np.ndarray:
-        """The label columns of n new boxes, as albumentations encodes them."""
+    def _labels(self, n: int, data: dict[str, Any]) -> np.ndarray:
+        """The label columns of n new boxes of a sample, as albumentations encodes them."""
         processor = self.get_processor("bboxes")
-        names = list(processor.params.label_fields or ()) if processor is not None else []
+        if processor is None:
+            raise ValueError("bboxes must come with A.Compose(..., bbox_params=A.BboxParams(...)), got none")
+        names, bboxes = list(processor.params.label_fields or ()), data["bboxes"]
+        # Label fields are columns already, unless there are no boxes; then the number of columns may be unknown, 0.
+        more = max(0, bboxes.shape[-1] - 4 - len(names)) if len(bboxes) or bboxes.ndim == 2 else 0
+        if not names:
+            if (len(bboxes) and more != 1) or more > 1 or not isinstance(self.label, Real):
+                raise ValueError(
+                    "bboxes must come with labels for a box to be added: give BboxParams(label_fields=[...]), or a "
+                    f"number as the fifth entry of each box and as label, got {more} more entries and label "
+                    f"{self.label!r}"
+                )
+            return np.full((n, 1), self.label, dtype=np.float32)
+        if more:
+            raise ValueError(f"bboxes must have 4 entries where BboxParams has label_fields {names}, got {4 + more}")
         values = self.label if isinstance(self.label, dict) else dict.fromkeys(names, self.label)
         if missing := [name for name in names if name not in values]:
             raise ValueError(
                 f"label must have a value for each of the label_fields {names}, got none for {missing[0]!r}"
             )
-        if not names:
-            columns = bboxes.shape[1] - 4 if bboxes.size else 0
-            if columns != 1 or isinstance(self.label, str | dict):
-                raise ValueError(
-                    "bboxes must come with labels for a box to be added: give BboxParams(label_fields=[...]), or a "
-                    f"number as the fifth entry of each box and as label, got {columns} more entries and label "
-                    f"{self.label!r}"
-                )
-            return np.full((n, 1), self.label, dtype=np.float32)
-        parts = []
-        for name in names:
-            try:
-                parts.append(processor.label_manager.process_field("bboxes", name, [values[name]] * n))
-            except ValueError as error:
-                raise ValueError(
-                    f"label must be of the kind of the field {name!r}, got {values[name]!r}: {error}"
-                ) from None
-        return np.hstack(parts).astype(np.float32)
+        columns = [_encoded(processor.label_manager, name, values[name], n, data.get(name)) for name in names]
+        return np.hstack(columns)
+
+
+def _encoded(manager: Any, name: str, value: Any, n: int, field: Any) -> np.ndarray:
+    """(n, 1): a value in a label field's column.
+
+    Args:
+        manager: albumentations' encoder of label fields.
+        name: of the field.
+        value: string or number.
+        n: how often.
+        field: what the sample has in it, if there were no boxes to encode it with.
+    """
+    if name not in manager.metadata["bboxes"]:
+        if not n:
+            return np.zeros((0, 1))
+        # The first sample has no box: the field's own container, so that what comes back is as it went in. Arrays of
+        # objects, for one of strings would cut longer ones off.
+        first: Any = [value]
+        if isinstance(field, np.ndarray):
+            numbers = isinstance(value, Real) and field.dtype.kind in "biuf"
+            first = np.array([value], dtype=field.dtype if numbers else object)
+        manager.process_field("bboxes", name, first)
+    known = manager.metadata["bboxes"][name]
+    of_numbers = bool(known.is_numerical or (known.encoder.is_numerical and known.encoder.num_classes))
+    if of_numbers != isinstance(value, Real):
+        kind = "numbers" if of_numbers else "strings"
+        raise ValueError(f"label must be of the kind of the field {name!r}, which holds {kind}, got {value!r}")
+    if known.dtype is not None and known.dtype.kind == "U":
+        known.dtype = np.promote_types(known.dtype, np.array([value]).dtype)
+    return manager.process_field("bboxes", name, [value] * n) if n else np.zeros((0, 1))
 
 
 def _as_tensor(image: np.ndarray) -> Tensor:
@@ -236,5 +334,12 @@ def _as_tensor(image: np.ndarray) -> Tensor:
         raise ValueError(f"image must be uint8, or float32 in [0, 1], got {image.dtype}")
     tensor = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[..., None]))
     tensor = tensor.permute(2, 0, 1)[None]
-    ValueRange.of("auto").check(tensor, "image")
+    try:
+        ValueRange.of("auto").check(tensor, "image")
+    except RangeError as error:
+        low, high = float(image.min()), float(image.max())
+        raise ValueError(
+            f"image must lie in [0, 1] if float32, got values from {low:g} to {high:g}: put GraftNodule before "
+            "A.Normalize"
+        ) from error
     return tensor
