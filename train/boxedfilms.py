@@ -3,7 +3,7 @@
 Films labelled Nodule without a box are left out: as normal ones they would be wrong, and their box is not known.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as VF
 
+from carim_aug import SyntheticNoduleMix
 from carim_aug.data.chestxray14 import ChestXray14
 from carim_aug.keys import fold
 from carim_aug.prior import LocationPrior
@@ -23,6 +24,9 @@ from train.sources import Source
 
 Target = dict[str, Tensor]
 """As torchvision's detectors take it: boxes (k, 4) XYXY in pixels, labels (k,) int64, all 1."""
+
+Put = Callable[[Tensor, torch.Generator], tuple[Tensor, list[Target]]]
+"""(normal films (B, 1, S, S) in [0, 1], random stream) to films with nodules and their targets."""
 
 
 @dataclass
@@ -153,20 +157,32 @@ class Draws(Dataset[tuple[Tensor, Target]]):
         return image, target_of(boxes)
 
 
-def batches(
-    draws: Draws, *, batch: int, share: float, source: Source | None, prior: LocationPrior
-) -> Iterator[tuple[list[Tensor], list[Target]]]:
-    """Gives all slots of a run in batches; a share of the normal ones gains a nodule, or becomes a boxed film.
+def mixed(mix: SyntheticNoduleMix) -> Put:
+    """Gives what a mix of p=1 makes of films, each batch of them after the last: a run shows its batches in order."""
+    return lambda films, stream: mix(films, [target_of(torch.empty(0, 4)) for _ in films])
 
-    Which slots do is the same for all sources: a pure function of the seed and the slot. This is the one function that
-    knows where nodules come from.
+
+def placed(source: Source, prior: LocationPrior) -> Put:
+    """Gives what a source makes of films, with one nodule each at a place of the prior."""
+
+    def put(films: Tensor, stream: torch.Generator) -> tuple[Tensor, list[Target]]:
+        drawn = prior.sample(len(films), generator=stream, image_size=films.shape[-1]).boxes
+        shown, boxes = source(films * 2 - 1, torch.stack([of_film[0] for of_film in drawn]), stream)
+        return ((shown + 1) / 2).clamp(0, 1), [target_of(box[None]) for box in boxes]
+
+    return put
+
+
+def batches(draws: Draws, *, batch: int, share: float, put: Put | None) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    """Gives all slots of a run in batches; a share of the normal ones gains nodules, or becomes a boxed film.
+
+    Which slots do is the same whatever they become: a pure function of the seed and the slot.
 
     Args:
         draws: the real films.
         batch: slots a step.
         share: chance of a normal slot; 0 leaves all as they are.
-        source: what puts nodules into films (B, 1, S, S) in [-1, 1]; None shows boxed films again (oversampling).
-        prior: where nodules are put.
+        put: what puts nodules into films; None shows boxed films again (oversampling).
 
     Yields:
         B images (1, S, S) float, [0, 1], and their targets.
@@ -177,13 +193,11 @@ def batches(
     again[changed] = draws.shuffled(True, int(changed.sum()), fold(draws.seed, 24))
     for start in range(0, len(draws), batch):
         slots = range(start, min(start + batch, len(draws)))
-        shown = [draws.shown(int(again[i]), i) if changed[i] and source is None else draws[i] for i in slots]
+        shown = [draws.shown(int(again[i]), i) if changed[i] and put is None else draws[i] for i in slots]
         places = [k for k, i in enumerate(slots) if changed[i]]
-        if source is not None and places:
+        if put is not None and places:
             stream = torch.Generator().manual_seed(fold(draws.seed, start, 25))
-            ground = torch.stack([shown[k][0] for k in places])
-            drawn = prior.sample(len(places), generator=stream, image_size=ground.shape[-1]).boxes
-            films, boxes = source(ground * 2 - 1, torch.stack([of_film[0] for of_film in drawn]), stream)
-            for k, film, box in zip(places, films, boxes, strict=True):
-                shown[k] = ((film + 1) / 2).clamp(0, 1), target_of(box[None])
+            films, targets = put(torch.stack([shown[k][0] for k in places]), stream)
+            for k, film, target in zip(places, films, targets, strict=True):
+                shown[k] = film, target
         yield [image for image, _ in shown], [target for _, target in shown]

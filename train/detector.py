@@ -1,8 +1,8 @@
 """A Faster R-CNN on real nodule boxes, with and without the mix: `python -m train.detector --data FOLDER --out FOLDER`.
 
 What generated nodules bring a detector (METHOD 8, DS2 against DS4, for boxes). `--mix 0` is the plain training;
-`--mix P` gives each normal film shown a nodule with chance P, of `--source` "graft" (as `SyntheticNoduleMix` grafts),
-"ct" (CT nodules superimposed) or "blob" (drawn), or shows a real boxed film again in its place ("real": oversampling).
+`--mix P` gives each normal film shown a nodule with chance P, of `--source` "graft" (`SyntheticNoduleMix`), "ct"
+(CT nodules superimposed) or "blob" (drawn), or shows a real boxed film again in its place ("real": oversampling).
 All see the same number of films, the same real ones in the same order, and start from the same weights. Some sixty
 boxed films teach no detector from nothing: `--preset start --source ct --mix 0.5` makes the common start, once, from
 CT nodules alone. A run takes minutes, so one that is cut begins anew; one that is trained is only judged again, as for
@@ -29,16 +29,17 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
+from carim_aug import SyntheticNoduleMix
 from carim_aug.checkpoint import WeightsError
 from carim_aug.data.errors import DataError
 from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold
 from carim_aug.prior import LocationPrior
 from carim_aug.sealed import digest, read_sealed, write_sealed
-from train.boxedfilms import BoxedFilms, Draws, batches, read_boxed
+from train.boxedfilms import BoxedFilms, Draws, Put, batches, mixed, placed, read_boxed
 from train.encoders import load_encoder
 from train.run import PATIENCE, Run, RunError, TrainingError, git_commit, write_whole
-from train.sources import SIZE, Source, blob_source, ct_source, graft_source
+from train.sources import SIZE, blob_source, ct_source
 
 FORMAT = "carim-aug-detector"
 SOURCES: tuple[str, ...] = ("graft", "real", "ct", "blob")
@@ -200,21 +201,30 @@ def predicted(detector: FasterRCNN, films: BoxedFilms, *, batch: int = 16) -> li
     return rows
 
 
-def source_of(name: str, *, weights: str | Path | None, ct_nodules: str | Path | None) -> Source | None:
-    """Gives a source of `SOURCES`; None for "real".
+def put_of(name: str, *, weights: str | Path | None, ct_nodules: str | Path | None, seed: int) -> Put | None:
+    """Gives what puts nodules of a source into films; None for "real".
+
+    Args:
+        name: of `SOURCES`.
+        weights: the generator of "graft"; None is the bundled one.
+        ct_nodules: templates.npz of "ct".
+        seed: of the mix.
 
     Raises:
         RunError: there is none of this name, or CT nodules were asked for and not given.
         WeightsError: the generator cannot be had.
         DataError: the CT nodules cannot be read.
     """
-    if name not in SOURCES:
-        raise RunError(f"source must be one of {SOURCES}, got {name!r}")
+    prior = LocationPrior.bundled()
+    if name == "graft":
+        return mixed(SyntheticNoduleMix.from_pretrained(weights, prior=prior, p=1.0, insertion="graft", seed=seed))
     if name == "ct":
         if ct_nodules is None:
             raise RunError("source 'ct' needs ct_nodules, the file templates.npz, got None")
-        return ct_source(ct_nodules)
-    return {"graft": lambda: graft_source(weights), "blob": lambda: blob_source, "real": lambda: None}[name]()
+        return placed(ct_source(ct_nodules), prior)
+    if name not in SOURCES:
+        raise RunError(f"source must be one of {SOURCES}, got {name!r}")
+    return placed(blob_source, prior) if name == "blob" else None
 
 
 def train_detector(
@@ -264,7 +274,7 @@ def train_detector(
     # The start's seed is the same for all runs: what differs is what they are shown.
     detector = build_detector(preset, seed=0, backbone=backbone)
     begun = load_weights(detector, start) if start is not None else digest(arrays_of(detector), {})
-    put = source_of(source, weights=weights, ct_nodules=ct_nodules) if mix else None
+    put = put_of(source, weights=weights, ct_nodules=ct_nodules, seed=seed) if mix else None
     recipe: dict[str, Any] = {"preset": asdict(preset), "seed": seed, "mix": mix, "start": begun}
     recipe["source"] = source if mix else None
     if mix and source == "graft":
@@ -277,7 +287,7 @@ def train_detector(
         run.begin()
         run.rewind(0)
         draws = Draws(films, images=preset.images, batch=preset.batch, boxed=preset.boxed, seed=seed)
-        shown = batches(draws, batch=preset.batch, share=mix, source=put, prior=LocationPrior.bundled())
+        shown = batches(draws, batch=preset.batch, share=mix, put=put)
         with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
             torch.manual_seed(fold(seed, 27))  # the anchors that torchvision samples for its losses
             show(detector, shown, preset, run)
