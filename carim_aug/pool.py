@@ -165,8 +165,9 @@ class SyntheticPool:
         """Gives the entry that a key draws; no use is counted."""
         index = int(stream(*key, 1).integers(len(self)))
         while True:
-            count, generation, noise_seed, number = self._facts[index].tolist()
+            number = int(self._facts[index, 3])  # before all else that is read
             if number % 2 == 0:
+                count, generation, noise_seed, _ = self._facts[index].tolist()
                 difference, boxes = self._differences[index].clone(), self._boxes[index, :count].numpy().copy()
                 if int(self._facts[index, 3]) == number:  # not written meanwhile
                     return PooledNodule((self.seed, generation, index), noise_seed, boxes, difference)
@@ -255,14 +256,16 @@ class SyntheticPool:
         """Gives what the pool has done.
 
         Returns:
-            entries; bytes; rendered: entries so far, the first ones too; given: draws; distinct: different nodules
-            among those given; share_distinct: distinct / given; mean_uses and most_uses: of a nodule that was given.
+            entries; bytes; generation: of the entry renewed most often, from 0; rendered: entries so far, the first
+            ones too; given: draws; distinct: different nodules among those given; share_distinct: distinct / given;
+            mean_uses and most_uses: of a nodule that was given.
         """
         uses, given = self.uses, int(self._uses.sum())
         distinct = int(self._history[1]) + int((uses > 0).sum())
         return {
             "entries": len(self),
             "bytes": self.bytes,
+            "generation": int(self._facts[:, 1].max()),
             "rendered": int(self._history[0]),
             "given": given,
             "distinct": distinct,
@@ -314,12 +317,20 @@ class SyntheticPool:
         self.__dict__.update(state, _lock=threading.Lock(), _stop=threading.Event())
 
 
+def free_memory() -> int:
+    """Gives the bytes that can be had, with those that the system would take back from its cache of files."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(needed: int, size: int, max_bytes: int | None) -> None:
     """Nothing, if so many bytes of shared memory are free; PoolError, with the size that would fit, otherwise."""
     limits = {"max_bytes": max_bytes} if max_bytes is not None else {}
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        limits["the memory that is free"] = int(SHARE_OF_MEMORY * free)
+        limits["the memory that is free"] = int(SHARE_OF_MEMORY * free_memory())
         shared = os.statvfs("/dev/shm")
         limits["the shared memory that is free (/dev/shm)"] = int(SHARE_OF_MEMORY * shared.f_bavail * shared.f_frsize)
     except (ValueError, OSError, AttributeError):

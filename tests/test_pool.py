@@ -64,7 +64,7 @@ def test_uses_are_counted_and_entries_that_are_due_are_rendered_anew():
     before = {i: pool.regenerate((0, 0, i)).noise_seed for i in range(4)}
     assert pool.refresh() == due > 0
     told = pool.statistics()
-    assert told["rendered"] == 4 + due and told["given"] == 40 and told["distinct"] == 4
+    assert told["generation"] == 1 and told["rendered"] == 4 + due and told["given"] == 40 and told["distinct"] == 4
     assert told["most_uses"] == int(uses.max()) and told["mean_uses"] == 10 and told["share_distinct"] == 0.1
     assert (pool.uses == torch.where(uses >= 5, 0, uses)).all()
     seen = {pool.look((0, 1, i)).key: pool.look((0, 1, i)).noise_seed for i in range(60)}
@@ -199,6 +199,16 @@ def test_bad_pools_are_named(monkeypatch):
         SyntheticNoduleMix.from_pretrained(pool=pool)
     with pytest.raises(TypeError, match="pool must be a SyntheticPool, got int"):
         make_mix(pool=3)
+
+
+def test_memory_that_caches_files_counts_as_free(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    monkeypatch.setattr(module, "Path", lambda name: told)
+    monkeypatch.setattr(module.os, "sysconf", lambda name: 3)
+    told.write_text("MemTotal:       9000 kB\nMemFree:         10 kB\nMemAvailable:   7000 kB\n")
+    assert module.free_memory() == 7000 * 1024
+    told.unlink()
+    assert module.free_memory() == 9  # a system without this file
 
 
 def test_a_narrowed_priors_counts_fit_the_pool():
