@@ -61,12 +61,15 @@ def test_a_box_comes_in_with_its_label_in_every_format(weights, fmt):
 @pytest.mark.parametrize("image", [IMAGE, IMAGE[..., 0], IMAGE.repeat(3, 2), (IMAGE / 255).astype(np.float32)])
 def test_the_image_changes_inside_the_feathered_boxes_alone(weights, image):
     for index in range(5):
-        done = pipeline(transform(weights))(image=image, bboxes=[], labels=[], index=index)
+        step = transform(weights)
+        done = pipeline(step)(image=image, bboxes=[], labels=[], index=index)
         assert done["image"].dtype == image.dtype and done["image"].shape == image.shape
-        boxes = [torch.tensor(np.array(done["bboxes"]), dtype=torch.float32)]
-        weight = feather(boxes, (96, 120))[0, 0].numpy()
+        exact = step.pool.regenerate(tuple(step.get_applied_params()["entry"])).boxes
+        boxes = torch.tensor(exact * np.array([120, 96, 120, 96], dtype=np.float32))
+        weight = feather([boxes], (96, 120))[0, 0].numpy()
         changed = (done["image"] != image).reshape(96, 120, -1).any(2)
-        assert changed.any() and not changed[weight < 1e-4].any()
+        assert changed.any() and not changed[weight == 0].any()
+        assert np.allclose(done["bboxes"], boxes, atol=1e-4)
         assert len(done["labels"]) == len(done["bboxes"]) > 0
 
 
