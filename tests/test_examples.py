@@ -12,11 +12,15 @@ from carim_aug.prior import LocationPrior
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISED = {
+    "albumentations_boxes": ["epoch 0: 16 films", "boxes came in", "different nodules, each used"],
     "classifier_loader": ["'synthetic': 200", "epoch 0: loss", "AUC on 32 images without synthetic ones"],
     "classifier_transform": ["epoch 0: loss", "AUC on 32 images without synthetic ones"],
     "ddp": ["samples were synthetic", "over 2 ranks"],
+    "export_then_train": ["wrote", "not for validation: SyntheticDataError", "synthetic images"],
+    "faster_rcnn": ["epoch 0: loss_classifier", "nodules in 8 real films"],
     "lightning_module": ["AUC on real images", "the checkpoint holds ['net']"],
     "multilabel_nan": ["loss", "grafted nodules", "of 224 entries annotated"],
+    "torchxrayvision_multilabel": ["real nodule rows", "known labels of the last batch"],
 }
 
 

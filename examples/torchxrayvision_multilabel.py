@@ -1,0 +1,60 @@
+"""torchxrayvision: 18 labels with NaN, images in [-1024, 1024], and tables that stay true when data sets are merged.
+
+    python examples/torchxrayvision_multilabel.py --data FOLDER      # ChestX-ray14's layout; without it: drawn phantoms
+
+Prints how many rows of the table have a nodule, real or grafted, and the loss.
+"""
+
+import argparse
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchxrayvision as xrv
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader
+from torchvision.utils import save_image
+
+from carim_aug import SyntheticNoduleMix
+from carim_aug.data import PhantomChest
+from carim_aug.integrations.torchxrayvision import MixDataset
+
+parser = argparse.ArgumentParser()
+for name in ("--data", "--weights"):  # a folder in ChestX-ray14's layout; a folder or hub id
+    parser.add_argument(name)
+for name, default in (("--size", 224), ("--batches", None)):
+    parser.add_argument(name, type=int, default=default)
+args = parser.parse_args()
+
+folder = Path(tempfile.mkdtemp())  # for a table in NIH's own form
+if args.data:
+    images = Path(args.data) / "images"
+    table = next(Path(args.data).glob("Data_Entry_2017*.csv")).read_text()
+    table = table.replace(".png", next(images.iterdir()).suffix)  # copies of the data may be JPEG
+else:
+    images, table = folder, "Image Index,Finding Labels,Patient ID,Patient Age,Patient Gender,View Position\n"
+    for i, (image, label) in enumerate(PhantomChest(64, size=128, nodule_fraction=0.2)):
+        save_image(image / 255, folder / f"{i:08d}_000.png")
+        table += f"{i:08d}_000.png,{('No Finding', 'Nodule')[label]},{i},50,M,PA\n"
+(folder / "table.csv").write_text(table)
+options = {"transform": xrv.datasets.XRayResizer(args.size), "unique_patients": False}
+real = xrv.datasets.NIH_Dataset(str(images), csvpath=str(folder / "table.csv"), **options)
+xrv.datasets.relabel_dataset(xrv.datasets.default_pathologies, real, silent=True)
+
+mixed = MixDataset(real, SyntheticNoduleMix.from_pretrained(args.weights, insertion="graft", p=0.3))
+nodule = mixed.pathologies.index("Nodule")
+print(
+    f"{int(np.nansum(real.labels[:, nodule]))} real nodule rows, {int(np.nansum(mixed.labels[:, nodule]))} with grafts"
+)
+
+model = xrv.models.DenseNet(num_classes=18, in_channels=1, weights=None)
+optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+for batch in islice(DataLoader(mixed, batch_size=8, shuffle=True), args.batches):
+    logits, labels, known = model(batch["img"]), batch["lab"].float(), ~batch["lab"].isnan()
+    loss = binary_cross_entropy_with_logits(logits[known], labels[known])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print(f"loss {loss.item():.3f} over {int(known.sum())} known labels of the last batch")
