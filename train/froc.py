@@ -133,7 +133,8 @@ def markdown(figures: dict[str, Any]) -> str:
             rows.append([f"- seed {seed}", "", *(f"{v:.3f}" for v in value), *[""] * len(figures["rates"])])
     text = (
         f"Sensitivity on {figures['nodules']} nodules in {figures['boxed']} films and {figures['films']} films in all "
-        f"of {figures['split']}, at false positives a film; means over seeds, 95 % intervals over patients."
+        f"of {figures['split']}, at false positives a film; means over seeds, 95 % intervals over patients. All runs "
+        f"start from weights {figures['start'][:8]} and see {figures['preset']['images']} films."
     )
     return f"{text}\n\n{table(header, rows)}"
 
