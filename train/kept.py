@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import Any
 
 CODE: dict[str, tuple[str, ...]] = {
-    "figures": ("figures.py", "encoders.py", "sources.py", "../carim_aug/evaluation/*.py", "../carim_aug/compiled.py"),
-    "patches": ("patches.py", "sources.py", "../carim_aug/evaluation/patches.py", "../carim_aug/compiled.py"),
+    "figures": (
+        "figures.py",
+        "encoders.py",
+        "sources.py",
+        "../carim_aug/evaluation/*.py",
+        "../carim_aug/compiled.py",
+        "../carim_aug/masks.py",
+    ),
+    "patches": (
+        "patches.py",
+        "sources.py",
+        "../carim_aug/evaluation/patches.py",
+        "../carim_aug/compiled.py",
+        "../carim_aug/masks.py",
+    ),
     "speed": (
         "throughput.py",
         "presets.py",
