@@ -6,7 +6,8 @@ the user's own. A list of COCO's annotations (`bbox` XYWH, `category_id`, ...), 
 `annotations`. None is ever changed in place.
 
 Fields of an instance that comes in: its box in the target's own format, the nodule's label, `area` of its box,
-`iscrowd` 0, as mask the ellipse inscribed in the box. Other fields: those of `PER_IMAGE` stay; one with as many entries
+`iscrowd` 0, as mask the ellipse inscribed in the box; COCO's `id` is negative, for the mix knows no other images' ids.
+Other fields: those of `PER_IMAGE` stay; one with as many entries
 as there were boxes is taken for one of instances and gets a 0 (False, an empty text) more; all else stays. `fill`
 overrules: `{"score": 1.0}` gives the value of new instances, `{"patient": None}` leaves a field alone.
 """
@@ -33,6 +34,9 @@ PER_IMAGE = frozenset({"image_id", "size", "orig_size", "idx", "index", "path", 
 
 SLACK = 1.0
 """Pixels by which a box may overhang its image."""
+
+FORMATS = ("XYXY", "XYWH", "CXCYWH")
+"""Box formats that are read and written; nodules have no angle."""
 
 _CORNERS = 24  # of the polygon that stands for an ellipse in COCO's segmentation
 
@@ -64,24 +68,30 @@ def instances(target: Any) -> tuple[Tensor, list[int]]:
         missing = [name for row in rows for name in ("bbox", "category_id") if name not in row]
         if missing:
             raise LabelError(f"annotations must have bbox and category_id, got one without {missing[0]}")
-        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        boxes = _numbers([row["bbox"] for row in rows], "bbox").float()
+        if rows and boxes.shape != (len(rows), 4):
+            raise LabelError(f"bbox must be four numbers XYWH, got {rows[0]['bbox']!r}")
+        boxes = boxes.reshape(-1, 4)
         return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1), [int(r["category_id"]) for r in rows]
     for name in ("boxes", "labels"):
         if not isinstance(target, Mapping) or name not in target:
             got = sorted(map(str, target)) if isinstance(target, Mapping) else type(target).__name__
             raise LabelError(f"targets must have boxes and labels, got {got}: a collate_fn or transform may drop them")
-    boxes = target["boxes"]
-    if isinstance(boxes, tv_tensors.BoundingBoxes):
-        boxes = VF.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
-    boxes = torch.as_tensor(boxes).as_subclass(Tensor).detach().cpu().float()
+    corners = tv_tensors.BoundingBoxFormat.XYXY
+    form = target["boxes"].format if isinstance(target["boxes"], tv_tensors.BoundingBoxes) else corners
+    if form.name not in FORMATS:
+        raise LabelError(f"boxes must be of one of the formats {FORMATS}, got {form.name}: convert them first")
+    boxes = _numbers(target["boxes"], "boxes").float()
     boxes = boxes.reshape(-1, 4) if boxes.numel() == 0 else boxes
-    labels = torch.as_tensor(target["labels"]).detach().cpu().reshape(-1)
+    labels = _numbers(target["labels"], "labels").reshape(-1)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(labels):
         raise LabelError(
             f"targets must have boxes (k, 4) and labels (k,), got {tuple(boxes.shape)} and {tuple(labels.shape)}"
         )
     if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
         raise LabelError(f"labels must be integers, got {labels.dtype}")
+    # Converted as floats: integers would lose half pixels.
+    boxes = VF.convert_bounding_box_format(boxes, old_format=form, new_format=corners)
     return boxes, [int(label) for label in labels]
 
 
@@ -108,7 +118,8 @@ def check_target(target: Any, classes: Sequence[str], size: tuple[int, int] | No
     if not bool(boxes.isfinite().all()):
         raise LabelError(f"boxes must be finite, got {boxes[~boxes.isfinite().all(dim=1)][0].tolist()}")
     upside = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
-    how = "wrap them as tv_tensors.BoundingBoxes with their own format"
+    wrap = "wrap them as tv_tensors.BoundingBoxes with their own format"
+    how = wrap if _annotations_of(target) is None else "bbox must be XYWH in pixels of the image that is mixed"
     if bool(upside.any()):
         raise LabelError(f"boxes must be XYXY with x1 <= x2 and y1 <= y2, got {boxes[upside][0].tolist()}: {how}")
     if size is None:
@@ -160,6 +171,14 @@ def with_nodules(
         elif _of_instances(name, value, known, rules):
             changed[name] = _more(kept, [rules[name] if name in rules else _zero_of(value)] * len(boxes))
     return changed
+
+
+def _numbers(value: Any, name: str) -> Tensor:
+    """A plain tensor on the CPU."""
+    try:
+        return torch.as_tensor(value).as_subclass(Tensor).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LabelError(f"{name} must be numbers, as many for each instance, got {value!r}") from error
 
 
 # --- Fields ---

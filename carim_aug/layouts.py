@@ -84,6 +84,11 @@ class Layout:
         found_image, found_label = layout.get(sample)
         if not _is_image(found_image):
             raise _no_image(found_image, sample, f"at {image!r}")
+        if isinstance(found_label, tv_tensors.Mask):
+            raise LayoutError(
+                f"the label must be no segmentation mask, got {_what(found_label)} at {label!r}: give a detection "
+                "target, {'boxes': ..., 'labels': ..., 'masks': ...}; its masks gain the nodules'"
+            )
         if not _is_label(found_label):
             raise LayoutError(
                 "the label must be a number, a tensor or array of rank 0 to 2, or a detection target with boxes, got "

@@ -148,6 +148,10 @@ def test_targets_are_told_from_other_labels():
         ({"boxes": OLD * 2, "labels": torch.tensor([1, 1])}, "inside the image of height 40 and width 48"),
         ({"boxes": OLD * float("nan"), "labels": torch.tensor([1, 1])}, "boxes must be finite"),
         ([{"bbox": [0, 0, 1, 1]}], "got one without category_id"),
+        ([{"bbox": [0, 0, 1], "category_id": 1}], "bbox must be four numbers XYWH"),
+        ([{"bbox": [30, 30, 40, 40], "category_id": 1}], "inside the image.*got .*: bbox must be XYWH in pixels"),
+        ({"boxes": "x", "labels": [1]}, "boxes must be numbers"),
+        ({"boxes": [[1, 2, 3], [1, 2]], "labels": [1, 1]}, "boxes must be numbers, as many"),
     ],
 )
 def test_bad_targets_are_named(target, words):
@@ -270,6 +274,64 @@ def test_the_data_sets_own_classes_say_which_number_nodules_have(phantom_data):
     assert {n for numbers in found for n in numbers} == {6} and all(found[1] + found[2])
     alone = make_mix(p=1.0, insertion="graft").wrap(PhantomChest(6, size=64, nodule_fraction=0.3, target="detection"))
     assert all((alone[i][1]["labels"] == 1).all() for i in range(6))
+
+
+def test_a_box_of_odd_width_in_whole_pixels_keeps_its_half_pixels():
+    box = tv_tensors.BoundingBoxes(torch.tensor([[10, 12, 5, 3]]), format="CXCYWH", canvas_size=SIZE)
+    assert instances({"boxes": box, "labels": [1]})[0].tolist() == [[7.5, 10.5, 12.5, 13.5]]
+
+
+def test_rotated_boxes_and_segmentation_masks_are_refused_by_name():
+    if "CXCYWHR" in tv_tensors.BoundingBoxFormat.__members__:  # torchvision 0.23 and later
+        box = tv_tensors.BoundingBoxes(torch.tensor([[9.0, 9, 4, 4, 30]]), format="CXCYWHR", canvas_size=SIZE)
+        with pytest.raises(LabelError, match="boxes must be of one of the formats .*got CXCYWHR"):
+            instances({"boxes": box, "labels": [1]})
+    mask = tv_tensors.Mask(torch.zeros(1, 32, 32, dtype=torch.uint8))
+    with pytest.raises(LayoutError, match="must be no segmentation mask.*give a detection target"):
+        make_mix().wrap([(torch.rand(1, 32, 32), mask)] * 2)
+
+
+def test_over_2000_draws_an_image_changes_if_and_only_if_its_label_and_boxes_do():
+    mix = make_mix(p=0.5, insertion="graft", placement="prior", labels=LabelPolicy("detection"))
+    changed = 0
+    for number in range(4):
+        images = torch.rand(500, 1, 32, 32, generator=torch.Generator().manual_seed(number)) * 0.5 + 0.25
+        targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in range(500)]
+        mixed, marked = mix(images, targets)
+        differs = (mixed != images).flatten(1).any(1)
+        assert differs.tolist() == [len(t["boxes"]) > 0 for t in marked] == [1 in t["labels"] for t in marked]
+        outside = feather(mix.last_params.boxes, 32) == 0
+        assert torch.equal(mixed[outside], images[outside])
+        changed += int(differs.sum())
+    assert 900 < changed < 1100
+
+
+def test_boxes_hold_99_percent_of_what_the_bundled_weights_change():
+    mix = SyntheticNoduleMix.from_pretrained(p=1.0, insertion="graft", labels=LabelPolicy("detection"))
+    data = PhantomChest(16, size=256, nodule_fraction=0.0, target="detection")
+    images, targets = zip(*[data[i] for i in range(16)], strict=True)
+    grafted, marked = mix([image.float() / 255 for image in images], list(targets))
+    shares = []
+    for before, after, target in zip(images, grafted, marked, strict=True):
+        difference = (after - before.float() / 255).abs().as_subclass(torch.Tensor)
+        inside = boxes_to_masks([instances(target)[0]], 256)[0]
+        shares.append(float((difference * inside).sum() / difference.sum()))
+    assert sum(shares) / len(shares) >= 0.99 and min(shares) > 0.95
+
+
+def test_a_loader_of_detection_batches_goes_on_in_mid_epoch():
+    mix = make_mix(p=0.6, insertion="graft")
+    options = {"batch_size": 4, "shuffle": True, "num_workers": 2}
+    whole = [targets for _, targets in mix.loader(Boxed(20), **options)]
+    first = mix.loader(Boxed(20), **options)
+    batches = iter(first)
+    next(batches), next(batches)
+    resumed = mix.loader(Boxed(20), **options)
+    resumed.load_state_dict(first.state_dict())
+    rest = [targets for _, targets in resumed]
+    assert len(rest) == 3
+    for was, now in zip(whole[2:], rest, strict=True):
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(was, now, strict=True))
 
 
 # --- Transforms ---
