@@ -16,7 +16,6 @@ from torchvision.transforms import v2
 
 from carim_aug import SyntheticNoduleMix, assert_real_only
 from carim_aug.data import ChestXray14, PhantomChest
-from carim_aug.loader import side_by_side
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", help="folder in ChestX-ray14's layout")
@@ -35,7 +34,7 @@ else:
 
 mix = SyntheticNoduleMix.from_pretrained(args.weights, insertion="graft", p=0.3)
 loader = mix.loader(train, batch_size=4, shuffle=True)  # lists of images and targets, as torchvision's detectors want
-val_loader = DataLoader(val, batch_size=4, collate_fn=side_by_side)
+val_loader = DataLoader(val, batch_size=4, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
 assert_real_only(val_loader)
 
 model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=15, min_size=args.size)
