@@ -27,7 +27,7 @@ args = parser.parse_args()
 
 shape = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
 if args.data:  # label 6 is a nodule there, as the data set's classes say
-    options = {"target": "detection", "findings": ("No Finding", "Nodule"), "transform": shape}
+    options = {"target": "detection", "only_normal_or_boxed": True, "transform": shape}
     train, val = (ChestXray14(args.data, split=split, **options) for split in ("train", "val"))
 else:
     train, val = (PhantomChest(n, nodule_fraction=0.3, seed=n, target="detection", transform=shape) for n in (200, 50))

@@ -201,6 +201,19 @@ def test_16_bits_are_read_as_8(tmp_path, suffix):
     assert read[0] == 0 and read[-1] == 255 and read[257 * 100] == 100 and bool((read.int().diff() >= 0).all())
 
 
+def test_findings_without_a_box_can_be_left_out(tmp_path):
+    root = build(tmp_path / "x")
+    everything, boxed = ChestXray14(root), ChestXray14(root, only_normal_or_boxed=True)
+    left = [
+        name
+        for i, name in enumerate(everything.filenames)
+        if not everything.labels[i].any() or any(len(everything.boxes(i, f)) for f in FINDINGS)
+    ]
+    assert boxed.filenames == left and 0 < len(left) < len(everything)
+    nodules = ChestXray14(root, only_normal_or_boxed=True, only_normal_or_nodule=True)
+    assert all(len(nodules.boxes(i)) or not nodules.labels[i].any() for i in range(len(nodules)))
+
+
 def test_colour_image_is_read_as_grey(tmp_path):
     root = build(tmp_path / "x")
     Image.new("RGBA", (64, 64), (90, 90, 90, 255)).save(root / "images" / "00000002_000.png")

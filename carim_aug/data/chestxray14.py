@@ -67,6 +67,8 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         target: "multilabel": (14,) float32; "nodule": int, 1 with a nodule; "detection": `{"boxes", "labels"}` as
             torchvision's detectors take it, with XYXY pixels and labels 1 + index in `FINDINGS`.
         only_normal_or_nodule: Drop images that have a finding but no nodule.
+        only_normal_or_boxed: Drop images that have a finding but no box, which a detector would take for normal. With
+            `only_normal_or_nodule`, a box of a nodule is asked for.
         transform: torchvision v2 transform, called with the image alone, or with (image, target) for "detection".
         channels: 1, or 3 equal ones.
         missing: "error" if a listed image has no file, or "skip" such rows.
@@ -105,6 +107,7 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         findings: Iterable[str] | Callable[[frozenset[str]], bool] | None = None,
         target: Target = "multilabel",
         only_normal_or_nodule: bool = False,
+        only_normal_or_boxed: bool = False,
         transform: Callable[..., Any] | None = None,
         channels: int = 1,
         missing: Missing = "error",
@@ -132,6 +135,8 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
             raise ValueError(f"views must be among {', '.join(sorted(known))}, got {sorted(set(views) - known)[0]!r}")
         splits = _read_splits(self.root, rows) if split is not None else {}
         files = _find_images(self.root)
+        self._boxes = _boxes_by_stem(self.root, extra_boxes)
+        wanted = ("Nodule",) if only_normal_or_nodule else FINDINGS
         kept = []
         for name, names, patient, view in rows:
             if split is not None and splits[name] != split:
@@ -141,6 +146,9 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
             if only_normal_or_nodule and names and "Nodule" not in names:
                 continue
             if not keep(names or frozenset({"No Finding"})):
+                continue
+            boxed = any(box[0] in wanted for box in self._boxes.get(_stem(name), ()))
+            if only_normal_or_boxed and names and not boxed:
                 continue
             path = files.get(_stem(name))
             if path is None:
@@ -159,7 +167,6 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
             if target == "multilabel"
             else self.labels[:, _NODULE].astype(int).tolist()
         )
-        self._boxes = _boxes_by_stem(self.root, extra_boxes)
 
     def __len__(self) -> int:
         """Number of images kept."""
