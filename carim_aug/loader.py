@@ -101,6 +101,21 @@ class MixLoader:
         return getattr(self._batches.batches, "batch_size", None)
 
     @property
+    def sampler(self) -> Any:
+        """The sampler of indices, whose `set_epoch` training scripts call; None where a batch_sampler has none."""
+        return self._samplers[0]
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of the inner DataLoader."""
+        return self.loader.num_workers
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a last batch that is not full is left out."""
+        return bool(getattr(self._batches.batches, "drop_last", False))
+
+    @property
     def epoch(self) -> int:
         """The epoch of the running iteration, or of the last one."""
         return self._epoch

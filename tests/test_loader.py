@@ -269,3 +269,10 @@ def test_an_error_of_the_users_collate_fn_stays_as_it_is():
 
     with pytest.raises(RuntimeError, match="^mine$"):
         next(iter(make_mix().loader(Films(4), batch_size=4, collate_fn=collate)))
+
+
+def test_training_scripts_find_the_attributes_of_a_dataloader():
+    data = Films(12)
+    loader = make_mix(p=0.5).loader(data, batch_size=5, shuffle=True, drop_last=True, num_workers=2)
+    assert len(loader.sampler) == 12 and loader.num_workers == 2 and loader.drop_last and loader.batch_size == 5
+    assert loader.dataset.dataset is data
