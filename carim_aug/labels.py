@@ -23,6 +23,15 @@ POSITIVE = 0.5
 Label = TypeVar("Label")
 
 
+def coco_names(dataset: Any) -> tuple[str, ...] | None:
+    """Names by category number of a data set that has COCO's index (torchvision's CocoDetection), "" for gaps."""
+    categories = getattr(getattr(dataset, "coco", None), "cats", None)
+    if not isinstance(categories, Mapping) or not categories or 0 in categories:
+        return None
+    numbered = {int(number): str(row["name"]) for number, row in categories.items()}
+    return (BACKGROUND, *(numbered.get(number, "") for number in range(1, max(numbered) + 1)))
+
+
 @dataclass(frozen=True)
 class LabelPolicy:
     """How labels are read and written.
@@ -96,6 +105,9 @@ class LabelPolicy:
         targets = self.kind == "detection" or is_target(label)
         shape = None if label is None or targets else as_array(label).shape
         for _ in range(8):
+            names = coco_names(dataset) if targets else None
+            if names:
+                return replace(self, classes=names)
             for attribute in ("classes",) if shape == () else ("pathologies", "classes"):
                 names = getattr(dataset, attribute, None)
                 if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, S
 
 from carim_aug.filler import Filler, sizes_of
 from carim_aug.keys import fold
+from carim_aug.labels import LabelError
 from carim_aug.layouts import ImageError, Layout, LayoutError, check_images, plain_images
 from carim_aug.plan import MixParams, Slot, check_epoch, check_state
 from carim_aug.wrapped import PlannedDataset
@@ -66,6 +67,7 @@ class MixLoader:
         self._planned, self._filler, self._on_batch = planned, filler, on_batch
         # The order has a generator of its own: DataLoader draws from the other one, but not at every epoch.
         self._order, self._seeds = torch.Generator(), torch.Generator()
+        check_sampler(sampler if sampler is not None else getattr(batch_sampler, "sampler", None), planned)
         if batch_sampler is None:
             if sampler is None:
                 sampler = (
@@ -76,6 +78,7 @@ class MixLoader:
             batch_sampler = BatchSampler(sampler, batch_size, drop_last)
         self._samplers = (getattr(batch_sampler, "sampler", None), batch_sampler)
         self._batches = _FromStep(batch_sampler)
+        self._own_collate = collate_fn is not None
         detection = planned.policy.kind == "detection"
         self.loader = DataLoader(
             planned,
@@ -237,9 +240,29 @@ class MixLoader:
             raise ValueError(f"collate_fn must keep all {len(slots)} samples of a batch, got {len(pixels)} images")
         settled = self._filler.settle(pixels, slots, planned.planner)
         if any(slot.synthetic for slot in settled.slots):
-            planned.policy.check(labels, sizes=sizes_of(pixels))
+            try:
+                planned.policy.check(labels, sizes=sizes_of(pixels))
+            except LabelError as error:
+                if self._own_collate:
+                    raise LabelError(
+                        f"{error}: the collate_fn must leave labels and their fields as they are; for one that mixes "
+                        "them, such as MixUp, use DataLoader(mix.wrap(dataset), ...)"
+                    ) from error
+                raise
         new, marked, params = self._filler.fill(pixels, labels, settled, planned.policy)
         return (batch if new is pixels else layout.put(batch, new, marked)), params
+
+
+def check_sampler(sampler: Any, planned: PlannedDataset) -> None:
+    """Nothing, or ValueError: a sampler of the real samples alone would never come to the added ones."""
+    real, total = len(planned.dataset), len(planned)  # type: ignore[arg-type]
+    for name in ("data_source", "dataset", "weights", "indices"):
+        source = getattr(sampler, name, None)
+        if total > real and source is not None and hasattr(source, "__len__") and len(source) == real:
+            raise ValueError(
+                f"sampler must be over all {total} samples, the {total - real} synthetic ones too, got one over the "
+                f"{real} real ones: build it over mix.wrap(dataset), and give that to mix.loader"
+            )
 
 
 def side_by_side(samples: list[Any]) -> Any:

@@ -32,7 +32,7 @@ from carim_aug.pool import SyntheticPool
 from carim_aug.prior import LocationPrior
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
-from carim_aug.wrapped import MixedDataset, PlannedDataset, check_order
+from carim_aug.wrapped import MixedDataset, PlannedDataset, check_order, takes_anything
 
 
 class SyntheticNoduleMix(v2.Transform):
@@ -68,7 +68,8 @@ class SyntheticNoduleMix(v2.Transform):
         layout: where image and label sit in a sample: "auto", or a pair of keys or positions.
         value_range: of the images: "auto" (uint8: [0, 255]; float: [0, 1]), "imagenet", "symmetric" ([-1, 1]), "xrv"
             ([-1024, 1024]), (low, high), or {"mean": ..., "std": ...}.
-        eligible: which real labels may be replaced; by default those of the majority class, No Finding in C.
+        eligible: which real labels may be replaced; by default those of the majority class, No Finding in C; all where
+            boxes are grafted in.
         seed: of all decisions, 0 to 2**64 - 1.
         device: where to generate; None: where the images are.
         dtype: of the generator's arithmetic: torch.float32 (default) or torch.bfloat16.
@@ -330,6 +331,8 @@ class SyntheticNoduleMix(v2.Transform):
         policy, planner = self._policy.resolve(labels, batch=True), self._planner
         if self.eligible is not None:
             allowed = [bool(self.eligible(label)) for label in labels]
+        elif takes_anything(policy, self.insertion):
+            allowed = [True] * len(labels)
         else:
             allowed = [name == policy.normal for name in policy.classes_of(labels)]
         # Each rank and each worker counts its own steps, so their keys must differ.

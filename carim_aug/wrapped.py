@@ -37,7 +37,7 @@ class PlannedDataset(Dataset):
         insertion: "whole" or "graft".
         strength: least and most strength of a graft.
         eligible: which labels may be replaced; None: the larger of the normal and the nodule class where labels can be
-            counted without loading images, else the normal class.
+            counted without loading images, else the normal class; all where boxes are grafted in.
         n_synthetic: class to number added.
         sampling_strategy: see `carim_aug.chances.added_counts`.
         epoch: shared-memory tensor, int64 scalar, so that persistent workers see it.
@@ -89,6 +89,7 @@ class PlannedDataset(Dataset):
         self._classes: list[str] | None = None
         self._labels: Any = None
         self._eligible = eligible
+        self._anything = takes_anything(self.policy, insertion)
         found = labels_without_images(dataset)
         if found is not None:
             self._classes = self._trusted(found, label)
@@ -160,11 +161,15 @@ class PlannedDataset(Dataset):
         self.policy.check(label, batch=False)
         return sample, self.slot(index, self.eligible(label))
 
+    def __getattr__(self, name: str) -> Any:
+        """Gives the names of the user's classes; of labels, says where the real ones are."""
+        return passed_on(self, name)
+
     def eligible(self, label: Any) -> bool:
         """Says whether a real sample with this label may be replaced."""
         if self._eligible is not None:
             return bool(self._eligible(label))
-        return self.policy.class_of(label) == self._eligible_class
+        return self._anything or self.policy.class_of(label) == self._eligible_class
 
     def real_counts(self) -> dict[str, int]:
         """Gives the number of real samples per class, loading all of them once if labels are nowhere else."""
@@ -189,7 +194,8 @@ class PlannedDataset(Dataset):
                 start = end
             if self.planner.active:
                 for index, name in enumerate(self._all_classes()):
-                    allowed = self.eligible(self._labels[index]) if self._eligible else name == self._eligible_class
+                    allowed = self._anything or name == self._eligible_class
+                    allowed = self.eligible(self._labels[index]) if self._eligible else allowed
                     slot = self.slot(index, allowed, epoch)
                     if slot.class_name is not None:
                         counts[name]["real"] -= 1
@@ -238,8 +244,8 @@ class PlannedDataset(Dataset):
         if self._eligible is not None:
             hosts = [i for i in range(self._count) if self._eligible(self._labels[i])]
         else:
-            hosts = [i for i, name in enumerate(classes) if name == self._eligible_class]
-        if self.insertion == "graft":
+            hosts = [i for i, name in enumerate(classes) if self._anything or name == self._eligible_class]
+        if self.insertion == "graft" and not self._anything:
             hosts = [i for i in hosts if classes[i] != self.policy.nodule]
             hosts = hosts or [i for i, name in enumerate(classes) if name == self.policy.normal]
         if not hosts:
@@ -263,6 +269,10 @@ class MixedDataset(Dataset):
     def dataset(self) -> Dataset:
         """The user's own data set."""
         return self.planned.dataset
+
+    def __getattr__(self, name: str) -> Any:
+        """As `PlannedDataset`."""
+        return passed_on(self, name)
 
     def __len__(self) -> int:
         """As `PlannedDataset`."""
@@ -304,6 +314,27 @@ class MixedDataset(Dataset):
     def class_counts(self) -> dict[str, dict[str, int]]:
         """As `PlannedDataset.class_counts`."""
         return self.planned.class_counts()
+
+
+def takes_anything(policy: LabelPolicy, insertion: str) -> bool:
+    """Says whether any sample may host: a graft adds a box to whatever boxes there are."""
+    return policy.kind == "detection" and insertion == "graft"
+
+
+def passed_on(mixed: Any, name: str) -> Any:
+    """Gives an attribute of the user's data set that holds for the mixed one too.
+
+    Raises:
+        AttributeError: there is none, or it tells of the real samples alone.
+    """
+    if name in ("classes", "class_to_idx", "pathologies", "coco"):
+        return getattr(mixed.dataset, name)
+    if name in ("targets", "labels", "samples", "imgs"):
+        raise AttributeError(
+            f"{name} of the real samples are those of the data set inside (.dataset); for tables that tell of the "
+            "synthetic ones too use carim_aug.integrations.torchxrayvision.MixDataset, or class_counts()"
+        )
+    raise AttributeError(f"{type(mixed).__name__!r} object has no attribute {name!r}")
 
 
 @contextmanager

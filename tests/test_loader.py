@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tiny import Films, Records, make_mix
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler, default_collate
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from carim_aug import ImageError, LabelError, MixLoader, RangeError
 
@@ -276,3 +277,30 @@ def test_training_scripts_find_the_attributes_of_a_dataloader():
     loader = make_mix(p=0.5).loader(data, batch_size=5, shuffle=True, drop_last=True, num_workers=2)
     assert len(loader.sampler) == 12 and loader.num_workers == 2 and loader.drop_last and loader.batch_size == 5
     assert loader.dataset.dataset is data
+
+
+def test_a_sampler_of_the_real_samples_alone_is_refused_where_samples_are_added():
+    data, mix = Films(12), make_mix(n_synthetic={"Nodule": 5})
+    wrapped = mix.wrap(data)
+    for sampler in (RandomSampler(data), WeightedRandomSampler([1.0] * 12, 20)):
+        for options in ({"sampler": sampler}, {"batch_sampler": BatchSampler(sampler, 4, False)}):
+            with pytest.raises(ValueError, match="over all 17 samples, the 5 synthetic ones too.*mix.wrap"):
+                mix.loader(data, **options)
+    assert sum(len(labels) for _, labels in mix.loader(wrapped, batch_size=4, sampler=RandomSampler(wrapped))) == 17
+    assert len(make_mix(p=0.5).loader(data, batch_size=4, sampler=RandomSampler(data))) == 3
+
+
+def test_a_collate_fn_that_mixes_labels_is_told_the_way():
+    cutmix = v2.CutMix(num_classes=2)
+    loader = make_mix(p=1.0).loader(Films(8), batch_size=8, collate_fn=lambda b: cutmix(*default_collate(b)))
+    with pytest.raises(LabelError, match="collate_fn must leave labels.*DataLoader\\(mix.wrap"):
+        list(loader)
+
+
+def test_classes_are_passed_on_and_labels_are_told_apart():
+    data = Films(8, classes=["No Finding", "Nodule"])
+    for mixed in (make_mix(p=0.5).wrap(data), make_mix(p=0.5).loader(data, batch_size=2).dataset):
+        assert mixed.classes == ["No Finding", "Nodule"]
+        assert not hasattr(mixed, "targets") and not hasattr(mixed, "colour")
+        with pytest.raises(AttributeError, match="those of the data set inside"):
+            _ = mixed.labels
