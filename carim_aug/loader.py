@@ -80,10 +80,11 @@ class MixLoader:
         self._batches = _FromStep(batch_sampler)
         self._own_collate = collate_fn is not None
         detection = planned.policy.kind == "detection"
+        self._collate = _Collate(collate_fn or (side_by_side if detection else default_collate), planned.layout)
         self.loader = DataLoader(
             planned,
             batch_sampler=self._batches,
-            collate_fn=_Collate(collate_fn or (side_by_side if detection else default_collate), planned.layout),
+            collate_fn=self._collate,
             generator=self._seeds,
             **options,
         )
@@ -107,6 +108,21 @@ class MixLoader:
     def sampler(self) -> Any:
         """The sampler of indices, whose `set_epoch` training scripts call; None where a batch_sampler has none."""
         return self._samplers[0]
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The sampler of batches of indices."""
+        return self._samplers[1]
+
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], Any]:
+        """What makes a batch from the user's samples."""
+        return self._collate.collate
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether the inner DataLoader pins its batches."""
+        return bool(self.loader.pin_memory)
 
     @property
     def num_workers(self) -> int:

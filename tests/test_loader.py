@@ -276,7 +276,8 @@ def test_training_scripts_find_the_attributes_of_a_dataloader():
     data = Films(12)
     loader = make_mix(p=0.5).loader(data, batch_size=5, shuffle=True, drop_last=True, num_workers=2)
     assert len(loader.sampler) == 12 and loader.num_workers == 2 and loader.drop_last and loader.batch_size == 5
-    assert loader.dataset.dataset is data
+    assert loader.dataset.dataset is data and loader.collate_fn is default_collate and not loader.pin_memory
+    assert len(loader.batch_sampler) == 2 == len(loader)
 
 
 def test_a_sampler_of_the_real_samples_alone_is_refused_where_samples_are_added():
