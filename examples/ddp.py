@@ -20,11 +20,10 @@ from carim_aug import SyntheticNoduleMix
 from carim_aug.data import ChestXray14, PhantomChest
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--data", help="folder in ChestX-ray14's layout")
-parser.add_argument("--weights", help="folder or hub id; default: the bundled weights")
-parser.add_argument("--size", type=int, default=224)
-parser.add_argument("--epochs", type=int, default=1)
-parser.add_argument("--batches", type=int, help="stop each epoch after so many")
+for name in ("--data", "--weights"):  # a folder in ChestX-ray14's layout; a folder or hub id
+    parser.add_argument(name)
+for name, default in (("--size", 224), ("--epochs", 1), ("--batches", None)):
+    parser.add_argument(name, type=int, default=default)
 args = parser.parse_args()
 
 distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -57,4 +56,5 @@ for epoch in range(args.epochs):
     if rank == 0:
         print(f"epoch {epoch}: loss {loss.item():.3f}; {int(total[0])} of {int(total[1])} samples were synthetic")
         print(f"of all {len(train)} samples of the epoch: {foretold}, over {distributed.get_world_size()} ranks")
+distributed.barrier()  # no rank leaves while another still talks to it
 distributed.destroy_process_group()

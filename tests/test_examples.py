@@ -38,11 +38,13 @@ def test_every_example_is_run_here():
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(PROMISED)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(PROMISED))
 def test_example_runs_on_drawn_phantoms(name, weights):
     runs(name, "--weights", str(weights))
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(PROMISED))
 def test_example_runs_on_real_films_with_the_bundled_weights(name, real_data):
     runs(name, "--data", str(real_data))
@@ -51,7 +53,10 @@ def test_example_runs_on_real_films_with_the_bundled_weights(name, real_data):
 def runs(name, *more):
     words = [f"examples/{name}.py", *more, "--size", "64", "--batches", "2"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if name == "ddp" else []
-    done = subprocess.run([sys.executable, *launch, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, *launch, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    if launch and "terminate called without an active exception" in done.stderr:  # gloo's threads, once in a while
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for said in PROMISED[name]:
         assert said in done.stdout
