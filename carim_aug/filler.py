@@ -120,7 +120,7 @@ class Filler:
         known, missing = settled.rendered, [i for i in places if i not in settled.rendered]
         if missing:
             device = images[missing[0]].device
-            parts = self._rendered([slots[i] for i in missing], device)
+            parts = self._rendered([slots[i] for i in missing], device, [images[i] for i in missing])
             known = {**known, **dict(zip(missing, parts, strict=True))}
         if self.insertion == "graft":
             added[places] = contrasts(torch.stack([known[i] for i in places]), [slots[i] for i in places])
@@ -163,10 +163,14 @@ class Filler:
                 rendered[i] = self.pool.take(slot)
         return Settled(tuple(slots), rendered)
 
-    def _rendered(self, slots: Sequence[Slot], device: torch.device) -> Tensor:
+    def _rendered(self, slots: Sequence[Slot], device: torch.device, images: Sequence[Tensor]) -> Tensor:
         if self.pool is not None and all(slot.entry is not None for slot in slots):
             return torch.stack([self.pool.difference(slot) for slot in slots]).to(device)
-        return render(slots, device, insertion=self.insertion, renderer=self.renderer)
+        hosts = None
+        if self.insertion == "graft" and self.renderer.sees_hosts:
+            size = (self.renderer.generator.image_size,) * 2
+            hosts = torch.cat([resize(self._grey(image[None]), size) for image in images])
+        return render(slots, device, insertion=self.insertion, renderer=self.renderer, hosts=hosts)
 
     def _put_in(self, images: Tensor, slots: Sequence[Slot], pixels: list[Tensor]) -> Tensor:
         made = torch.stack(pixels).to(images.device)
@@ -177,7 +181,7 @@ class Filler:
         assert self.gates is not None, "asked only where there is a gate"
         chosen = [drawn[i] for i in places]
         device = images[places[0]].device
-        pixels = self._rendered(chosen, device)
+        pixels = self._rendered(chosen, device, [images[i] for i in places])
         hosts, contrast = None, torch.full((len(chosen),), math.nan)
         if self.insertion == "graft":
             real = torch.stack([images[i] for i in places])

@@ -60,9 +60,11 @@ def put_in(images: Tensor, slots: Sequence[Slot], pixels: Tensor, *, insertion: 
     return mixed
 
 
-def render(slots: Sequence[Slot], device: torch.device, *, insertion: str, renderer: Renderer) -> Tensor:
-    """Gives whole images, or what grafts add: (n, 1, S, S) float32 on `device`."""
-    return renderer.whole(slots, device) if insertion == "whole" else renderer.differences(slots, device)
+def render(
+    slots: Sequence[Slot], device: torch.device, *, insertion: str, renderer: Renderer, hosts: Tensor | None = None
+) -> Tensor:
+    """Gives whole images, or what grafts add: (n, 1, S, S) float32 on `device`; hosts as `Renderer.differences` has."""
+    return renderer.whole(slots, device) if insertion == "whole" else renderer.differences(slots, device, hosts)
 
 
 def graft(images: Tensor, differences: Tensor, slots: Sequence[Slot], value_range: ValueRange) -> Tensor:

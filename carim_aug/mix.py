@@ -30,6 +30,7 @@ from carim_aug.plan import (
 )
 from carim_aug.pool import SyntheticPool
 from carim_aug.prior import LocationPrior
+from carim_aug.protocol import Generator, places_nodules
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
 from carim_aug.wrapped import MixedDataset, PlannedDataset, check_order, takes_anything
@@ -46,7 +47,8 @@ class SyntheticNoduleMix(v2.Transform):
         images, labels = mix(images, labels)                                                         # C
 
     Args:
-        generator: noise and mask to images.
+        generator: noise and mask to images: a `NoduleGenerator`, or any other `carim_aug.protocol.Generator`. One that
+            does not put the nodule where the mask is (`places` False) makes whole images for classifiers only.
         prior: where nodules are drawn.
         p: chance that an eligible slot becomes a synthetic nodule, in [0, 1]; or a dict from class to chance (synthetic
             normal images too); or a function from the epoch to either (`carim_aug.schedules`). Default 0.5 where
@@ -83,7 +85,7 @@ class SyntheticNoduleMix(v2.Transform):
 
     def __init__(
         self,
-        generator: NoduleGenerator,
+        generator: Generator,
         prior: LocationPrior,
         *,
         p: float | Mapping[str, float] | Callable[[int], Any] | None = None,
@@ -106,8 +108,11 @@ class SyntheticNoduleMix(v2.Transform):
     ) -> None:
         """Checks the arguments; nothing is drawn or generated."""
         super().__init__()
-        if not isinstance(generator, NoduleGenerator):
-            raise TypeError(f"generator must be a NoduleGenerator, got {type(generator).__name__}")
+        if not isinstance(generator, Generator):
+            raise TypeError(
+                "generator must be a NoduleGenerator or have image_size, noise_dim, weights_hash and a call "
+                f"(carim_aug.protocol), got {type(generator).__name__}"
+            )
         if not isinstance(prior, LocationPrior):
             raise TypeError(f"prior must be a LocationPrior, got {type(prior).__name__}")
         if pool is not None and not isinstance(pool, SyntheticPool):
@@ -119,6 +124,11 @@ class SyntheticNoduleMix(v2.Transform):
             )
         if insertion not in INSERTIONS:
             raise ValueError(f"insertion must be one of {INSERTIONS}, got {insertion!r}")
+        if insertion == "graft" and not places_nodules(generator):
+            raise ValueError(
+                f"insertion must be 'whole' with a {type(generator).__name__}, which does not put the nodule where the "
+                f"mask is, got {insertion!r}"
+            )
         how = {"p": p, "n_synthetic": n_synthetic, "sampling_strategy": sampling_strategy}
         given = [name for name, value in how.items() if value is not None]
         if len(given) > 1:
@@ -201,6 +211,8 @@ class SyntheticNoduleMix(v2.Transform):
         Returns:
             The commit's address if it was pushed to the hub.
         """
+        if not hasattr(self.generator, "save_pretrained"):
+            raise TypeError(f"generator must be one with weights to be saved, got {type(self.generator).__name__}")
         return self.generator.save_pretrained(save_directory, prior=self.prior, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -213,8 +225,8 @@ class SyntheticNoduleMix(v2.Transform):
         return self.generator.push_to_hub(repo_id, prior=self.prior, **options)
 
     @property
-    def generator(self) -> NoduleGenerator:
-        """The generator; not a submodule."""
+    def generator(self) -> Any:
+        """The generator, as it was given; not a submodule."""
         return self._held[0]
 
     @property
@@ -301,7 +313,7 @@ class SyntheticNoduleMix(v2.Transform):
             if dataset.planned.enabled is self._enabled:  # wrapped by this mix: labels are read already
                 return dataset.planned.with_epoch(epoch)
             dataset = dataset.dataset
-        return PlannedDataset(
+        planned = PlannedDataset(
             dataset,
             self.prior,
             seed=self.seed,
@@ -316,6 +328,15 @@ class SyntheticNoduleMix(v2.Transform):
             epoch=epoch,
             enabled=self._enabled,
         )
+        self._check_places(planned.policy)
+        return planned
+
+    def _check_places(self, policy: LabelPolicy) -> None:
+        if policy.kind == "detection" and not places_nodules(self.generator):
+            raise ValueError(
+                f"labels must have no boxes with a {type(self.generator).__name__}, which does not put the nodule "
+                "where the mask is, got detection targets"
+            )
 
     def _remember(self, params: MixParams) -> None:
         self.last_params = params
@@ -381,6 +402,7 @@ class SyntheticNoduleMix(v2.Transform):
         self.value_range.check_each(pixels)
         check_order(self._policy, layout, labels)
         policy = self._policy.resolve(labels, batch=True)
+        self._check_places(policy)
         policy.check(labels, sizes=sizes_of(pixels))
         if len(labels) != len(pixels):
             raise ValueError(f"labels must be as many as images ({len(pixels)}), got {len(labels)}")

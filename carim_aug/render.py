@@ -1,17 +1,19 @@
 """From planned slots to pixels: one call of the generator for all slots of a batch (DESIGN 1)."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from carim_aug.compiled import CompiledGenerator, compile_generator
+from carim_aug.compiled import compile_generator
 from carim_aug.keys import noise
 from carim_aug.masks import boxes_to_masks
 from carim_aug.models.generator import MultiScaleGenerator
 from carim_aug.plan import Slot
+from carim_aug.protocol import Generator, sees_hosts
 
 
 class WorkerDeviceError(RuntimeError):
@@ -22,7 +24,7 @@ class Renderer:
     """Generates the images of planned slots, on any device, in batches of one fixed size where that helps.
 
     Args:
-        generator: trained; read, never changed.
+        generator: trained; read, never changed. One that is no `MultiScaleGenerator` runs as it is, in its own dtype.
         device: where to generate; None: where the user's images are.
         dtype: of the generator's arithmetic, float32 or bfloat16.
         batch_size: slots of one call. On CUDA, and when compiled, a call is padded to it, so that one shape is seen.
@@ -31,7 +33,7 @@ class Renderer:
 
     def __init__(
         self,
-        generator: MultiScaleGenerator,
+        generator: Generator,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -48,13 +50,18 @@ class Renderer:
             raise ValueError(f"device must be a torch.device or its name, got {device!r}: {error}") from None
         self.dtype = dtype or torch.float32
         self.batch_size, self.compile = batch_size, compile
-        self._ready: dict[torch.device, CompiledGenerator] = {}
+        self._ready: dict[torch.device, Callable[[Tensor, Tensor], Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what is rebuilt."""
         return {**self.__dict__, "_ready": {}}
 
-    def on(self, device: torch.device) -> CompiledGenerator:
+    @property
+    def sees_hosts(self) -> bool:
+        """Whether `differences` needs the films that grafts come into."""
+        return sees_hosts(self.generator)
+
+    def on(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """Gives the generator rebuilt for inference on a device.
 
         Raises:
@@ -69,8 +76,13 @@ class Renderer:
             )
         if device not in self._ready:
             self.check_device(device)
-            built = compile_generator(self.generator, dtype=self.dtype, compile=self.compile)
-            self._ready[device] = built.to(device)
+            if isinstance(self.generator, MultiScaleGenerator):
+                built = compile_generator(self.generator, dtype=self.dtype, compile=self.compile)
+                self._ready[device] = built.to(device)
+            elif isinstance(self.generator, nn.Module):
+                self._ready[device] = copy.deepcopy(self.generator).to(device).eval()
+            else:
+                self._ready[device] = self.generator
         return self._ready[device]
 
     @staticmethod
@@ -97,17 +109,24 @@ class Renderer:
         return self._generate(noises, masks, device)
 
     @torch.no_grad()
-    def differences(self, slots: Sequence[Slot], device: torch.device) -> Tensor:
+    def differences(self, slots: Sequence[Slot], device: torch.device, hosts: Tensor | None = None) -> Tensor:
         """Gives G(z, C) - G(z, 0) for each slot: what the nodule changes (Fig. 6 of the source).
 
         Args:
             slots: n synthetic slots with boxes.
             device: as in `whole`.
+            hosts: (n, 1, S, S) float, [-1, 1], the slots' own films: only a generator that `sees_hosts` needs them.
 
         Returns:
             (n, 1, S, S) float32, [-2, 2], on `device`.
         """
         noises, masks = self._inputs(slots)
+        if self.sees_hosts:
+            if hosts is None:
+                raise ValueError(f"hosts must be given for grafts of a {type(self.generator).__name__}, got None")
+            where = self.device or device
+            ready: Any = self.on(where)
+            return ready.differences(*(x.to(where) for x in (hosts, noises, masks))).to(device)
         # Twins side by side, so that both of a pair are in one call.
         pairs = torch.stack([masks, torch.zeros_like(masks)], dim=1).flatten(0, 1)
         images = self._generate(noises.repeat_interleave(2, dim=0), pairs, device)

@@ -37,19 +37,11 @@ class Networks(nn.Module):
         )
         self.crop = CropDiscriminator()
         self.difference = CropDiscriminator(3)
-        half_life = preset.ema_images / preset.batch
-
-        def average(averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:
-            decay = min(0.5 ** (1 / half_life), (1 + int(steps)) / (10 + int(steps)))
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-
-        self.average = AveragedModel(self.generator, multi_avg_fn=average)
+        self.average = moving_average(self.generator, half_life=preset.ema_images / preset.batch)
 
     def update_average(self) -> None:
         """Averages the parameters; copies the buffers (spectral norm's vectors, batch norm's statistics)."""
-        self.average.update_parameters(self.generator)
-        for mean, now in zip(self.average.module.buffers(), self.generator.buffers(), strict=True):
-            mean.copy_(now)
+        move_average(self.average, self.generator)
 
     def start_from(self, trained: MultiScaleGenerator) -> None:
         """Takes over a trained generator, as it is and as its own average; the average then moves at full length."""
@@ -70,6 +62,28 @@ class Networks(nn.Module):
         return [*self.scales, self.crop, self.difference]
 
 
+def moving_average(network: nn.Module, *, half_life: float) -> AveragedModel:
+    """Gives an exponential moving average of a network's parameters, short at first.
+
+    Args:
+        network: copied.
+        half_life: in steps.
+    """
+
+    def average(averaged: list[Tensor], current: list[Tensor], steps: Any) -> None:
+        decay = min(0.5 ** (1 / half_life), (1 + int(steps)) / (10 + int(steps)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    return AveragedModel(network, multi_avg_fn=average)
+
+
+def move_average(average: AveragedModel, network: nn.Module) -> None:
+    """Averages the parameters; copies the buffers."""
+    average.update_parameters(network)
+    for mean, now in zip(average.module.buffers(), network.buffers(), strict=True):
+        mean.copy_(now)
+
+
 @contextlib.contextmanager
 def frozen(modules: list[nn.Module]) -> Iterator[None]:
     """Keeps the modules' parameters without gradient inside the block."""
@@ -84,6 +98,29 @@ def frozen(modules: list[nn.Module]) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+@contextlib.contextmanager
+def statistics_anew(network: nn.Module) -> Iterator[None]:
+    """Takes the batch norm statistics of all forward passes inside the block, in place of those of the training.
+
+    The network is left in eval mode; spectral norm's vectors do not move.
+    """
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+    vectors = {k: v.clone() for k, v in network.named_buffers() if k.endswith(("_u", "_v"))}
+    network.train()
+    with torch.no_grad():
+        yield
+        for name, value in network.named_buffers():
+            if name in vectors:
+                value.copy_(vectors[name])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
 def retake_statistics(generator: MultiScaleGenerator, prior: LocationPrior, preset: GANPreset, *, seed: int) -> None:
     """Takes the batch norm statistics anew, in place: those of the training do not fit averaged weights.
 
@@ -93,24 +130,11 @@ def retake_statistics(generator: MultiScaleGenerator, prior: LocationPrior, pres
         preset: its batch, half matched pairs' masks, half none, as in training, and how many of them are averaged.
         seed: of the noise and masks.
     """
-    norms = [m for m in generator.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean of all batches
     size, device = generator.image_size, next(generator.parameters()).device
     stream = torch.Generator().manual_seed(fold(seed, 3))
-    vectors = {k: v.clone() for k, v in generator.named_buffers() if k.endswith(("_u", "_v"))}
-    generator.train()
-    with torch.no_grad():
+    with statistics_anew(generator):
         for _ in range(preset.statistics_batches):
             noise = torch.randn(preset.batch // 2, generator.noise_dim, generator=stream).to(device)
             boxes = prior.sample(len(noise), generator=stream, image_size=size).boxes
             masks = draw_masks([at_least(b, 2, size) for b in boxes], size, stream).to(device)
             generator.pyramid(torch.cat([noise, noise]), torch.cat([masks, torch.zeros_like(masks)]))
-        for name, value in generator.named_buffers():
-            if name in vectors:
-                value.copy_(vectors[name])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    generator.eval()
