@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
+from carim_aug.blending import poisson_blend
 from carim_aug.compiled import compile_generator
+from carim_aug.controls import LARGEST_BOX, gaussian_blobs
 from carim_aug.data.chestxray14 import ChestXray14
 from carim_aug.data.ct_nodules import CTNodules
 from carim_aug.evaluation.patches import PATCH
@@ -22,7 +23,6 @@ from carim_aug.insertion import resize
 from carim_aug.masks import boxes_to_masks, feather
 
 SIZE = 256
-LARGEST_BOX = 0.16  # of the film's side: a nodule is at most 3 cm
 
 Source = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """(films (B, 1, S, S), boxes (B, 4), random stream) to films with a nodule and the nodules' boxes."""
@@ -97,10 +97,7 @@ def scaled(films: Tensor) -> Tensor:
 
 def blob_source(films: Tensor, boxes: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
     """Gives films with a drawn Gaussian blob in each box."""
-    ticks = torch.arange(films.shape[-1]) + 0.5
-    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    x, y = ((ticks - centre[:, i, None]) / half[:, i, None] for i in (0, 1))
-    shape = torch.exp(-1.5 * (x[:, None, :] ** 2 + y[:, :, None] ** 2))[:, None]
+    shape = gaussian_blobs(boxes, films.shape[-1])
     peak = 0.05 + 0.15 * torch.rand(len(films), 1, 1, 1, generator=stream)
     return (films + peak * shape).clamp(-1, 1), boxes
 
@@ -160,36 +157,6 @@ def poisson_source(real: Patients) -> Source:
         return poisson_blend(films, torch.stack(moved), inside), torch.cat([centres - half, centres + half], dim=1)
 
     return source
-
-
-def poisson_blend(target: Tensor, source: Tensor, inside: Tensor, *, steps: int = 200) -> Tensor:
-    """Gives `source` inside the mask plus the harmonic map that joins it to `target` at the mask's edge.
-
-    Args:
-        target: (B, 1, S, S).
-        source: (B, 1, S, S).
-        inside: (B, 1, S, S) bool, some 30 pixels wide at most.
-        steps: of Jacobi's iteration, which begins with the mean difference at the edge.
-    """
-    span = 2 + max(int(inside.any(dim=d).sum(dim=-1).max()) for d in (2, 3))
-    span, side = min(span, target.shape[-1]), target.shape[-1]
-    # A window about each sample's mask: all else stays.
-    first = [inside.any(dim=d)[:, 0].float().argmax(dim=1) for d in (2, 3)]
-    x, y = ((f - 1).clamp(min=0, max=side - span) for f in first)
-    ticks = torch.arange(span)
-    rows, columns = y[:, None, None] + ticks[:, None], x[:, None, None] + ticks
-    at = (torch.arange(len(target))[:, None, None], 0, rows, columns)
-    gap, within = (target - source)[at][:, None], inside[at][:, None]
-
-    edge = (F.max_pool2d(within.float(), 3, 1, 1) > 0) & ~within
-    start = (gap * edge).sum(dim=(1, 2, 3), keepdim=True) / edge.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-    harmonic = torch.where(within, start, gap)
-    kernel = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])[None, None] / 4
-    for _ in range(steps):
-        harmonic = torch.where(within, F.conv2d(harmonic, kernel, padding=1), gap)
-    blended = target.clone()
-    blended[at] = torch.where(within, source[at][:, None] + harmonic, target[at][:, None])[:, 0]
-    return blended.clamp(-1, 1)
 
 
 def named_sources(
