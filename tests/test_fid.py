@@ -1,4 +1,4 @@
-"""Fréchet and kernel distance against paper and torchmetrics."""
+"""Fréchet and kernel distance against paper, torchmetrics and torch-fidelity."""
 
 import pytest
 import torch
@@ -57,6 +57,27 @@ def test_kernel_distance_is_torchmetrics():
     metric.update(fake, real=False)
     ours = kernel_distance(encoder(real), encoder(fake))
     assert ours.item() == pytest.approx(metric.compute()[0].item(), rel=1e-4) and ours > 0.01
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_frechet_distance_is_torch_fidelitys(n):
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    encoder = _Features()
+    real, fake = encoder(_images(n, seed=1)).double(), encoder(_images(n, seed=2, shift=0.5)).double()
+    statistics = [fid.fid_features_to_statistics(features) for features in (real, fake)]
+    theirs = fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID]
+    assert frechet_distance(real, fake).item() == pytest.approx(theirs, rel=1e-8) and theirs > 0.1
+
+
+@pytest.mark.parametrize("n", [40, 60])
+def test_kernel_distance_is_torch_fidelitys(n):
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    encoder = _Features()
+    real, fake = encoder(_images(n, seed=1)).double(), encoder(_images(n, seed=2, shift=0.5)).double()
+    # One subset that is the whole set: drawn without replacement, so in another order only.
+    metric = kid.kid_features_to_metric(real, fake, kid_subsets=1, kid_subset_size=n, verbose=False)
+    theirs = metric[kid.KEY_METRIC_KID_MEAN]
+    assert kernel_distance(real, fake).item() == pytest.approx(theirs, rel=1e-8) and theirs > 0.01
 
 
 def test_frechet_distance_of_a_set_to_itself_shifted_is_the_shift_squared():
