@@ -55,6 +55,8 @@ FLOORS = {
     "classgenerator": 3,
     "controls": 3,
     "protocol": 0,
+    "blending": 0,
+    "maskboxes": 0.5,
     "chances": 2.8,
     "plan": 3,
     "placement": 3.5,

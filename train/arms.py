@@ -162,7 +162,7 @@ def real_films(arm: Arm, train: FilmSet, *, more: int, seed: int) -> FilmSet:
 
 
 def arm_batches(
-    name: str, train: FilmSet, sources: Sources, *, batch: int, seed: int, device: str = "cpu"
+    name: str, train: FilmSet, sources: Sources, *, batch: int, seed: int, device: str = "cpu", bf16: bool = True
 ) -> tuple[Callable[[int], Iterator[tuple[Tensor, Tensor]]], Mapping[str, Any]]:
     """Gives a function from the epoch to an arm's batches, and its counts of films.
 
@@ -173,6 +173,7 @@ def arm_batches(
         batch: films a step; the rest of an epoch that does not fill one is left out.
         seed: of the normal films, the order, and all that is synthetic.
         device: where to generate.
+        bf16: generate in bfloat16.
 
     Returns:
         Batches of films (B, 1, S, S) uint8 and targets (B,) int64; and counts, as `class_counts` has them.
@@ -197,6 +198,7 @@ def arm_batches(
         placement="prior" if arm.anywhere else "host",
         seed=seed,
         device=None if device == "cpu" else device,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
     )
     loader = mix.loader(films, batch_size=batch, shuffle=True, drop_last=True)
 

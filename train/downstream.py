@@ -110,7 +110,7 @@ def run_arm(
         state = {k: v for k, v in begun.state_dict().items() if not k.startswith("head.")}
         classifier.load_state_dict(state, strict=False)
     epochs, counts = arm_batches(
-        name, parts["train"], sources, batch=training.batch, seed=fold(seed, 13), device=device
+        name, parts["train"], sources, batch=training.batch, seed=fold(seed, 13), device=device, bf16=bf16
     )
     classifier = finetune(classifier, epochs, training, run, seed=seed, device=device, bf16=bf16)
     told: dict[str, Any] = {**recipe, "counts": counts, "git_commit": git_commit(), "films": {}}

@@ -18,7 +18,7 @@ from carim_aug.data.errors import DataError
 from carim_aug.evaluation.patches import auc
 from carim_aug.keys import fold
 from carim_aug.models.classifier import ChestClassifier
-from train.filmset import FilmSet, read_filmset
+from train.filmset import SOURCE_TEST, FilmSet, read_filmset
 from train.finetune import FinetunePreset, finetune, scores_of, write_classifier
 from train.labelled import NODULE
 from train.presets import changed
@@ -48,6 +48,7 @@ def train_neutral(
     data: str | Path,
     out: str | Path,
     split: str = "file",
+    test: int = SOURCE_TEST,
     seed: int = 0,
     device: str = "cpu",
     bf16: bool = True,
@@ -59,6 +60,7 @@ def train_neutral(
         data: ChestX-ray14's layout.
         out: the run's folder.
         split: "file" or "source", as in `train.filmset`.
+        test: films of each class that "source" keeps to test on.
         seed: of everything random.
         device: "cpu" or "cuda".
         bf16: bfloat16 autocast.
@@ -68,11 +70,17 @@ def train_neutral(
         TrainingError: losses are not finite.
     """
     file = Path(out) / "classifier.safetensors"
-    recipe = {"preset": asdict(preset), "split": split, "seed": seed, "bf16": bf16, "findings": OTHERS}
+    recipe = {
+        "preset": asdict(preset),
+        "split": [split, test] if split == "source" else split,
+        "seed": seed,
+        "bf16": bf16,
+        "findings": OTHERS,
+    }
     run = Run(out, json.loads(json.dumps(recipe)))
     if file.exists():
         return file
-    films = read_filmset(data, "train", preset.size, split=split, everything=True)
+    films = read_filmset(data, "train", preset.size, split=split, everything=True, test=test)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, 5))
         classifier = ChestClassifier(OTHERS, size=preset.size)
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="numbers other than the preset's")
     parser.add_argument("--data", required=True, help="a folder in ChestX-ray14's layout")
     parser.add_argument("--split", choices=("file", "source"), help="by default the preset's: thesis source, else file")
+    parser.add_argument("--test-films", dest="test", type=int, default=SOURCE_TEST, help="as in train.downstream")
     parser.add_argument("--out", required=True, help="the run's folder; the same folder resumes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
