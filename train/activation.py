@@ -112,8 +112,8 @@ def paired(first: Tensor, second: Tensor) -> dict[str, float]:
     Returns:
         "n"; "value", the mean of first - second, with "low" and "high", its 95 % interval by Student's t; "t" and "p",
         two-sided (0 where p is below the least float); "cohens_d", the mean over the standard deviation of the
-        differences; "above", the share of differences above 0; "rank_p" of Wilcoxon's signed-rank test. NaN where
-        there are fewer than two pairs or no difference varies.
+        differences; "above", the share of differences above 0; "rank_p" of Wilcoxon's signed-rank test, two-sided. NaN
+        where there are fewer than two pairs or no difference varies.
 
     Raises:
         ValueError: samples of other shapes.

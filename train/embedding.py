@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from carim_aug.insertion import resize
@@ -175,9 +176,9 @@ def embed(
     pixels = torch.cat(parts).float().cpu()
     state = fold(seed, 43) % 2**32
     pca = PCA(min(components, *pixels.shape), svd_solver="randomized", random_state=state)
-    reduced = pca.fit_transform(pixels.numpy())
     tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=state)
-    place = torch.from_numpy(tsne.fit_transform(reduced)).float()
+    with threadpool_limits(1):  # sums do not depend on how many cores there are
+        place = torch.from_numpy(tsne.fit_transform(pca.fit_transform(pixels.numpy()))).float()
     about = {
         "n": counts,
         "side": int(small[0]),
