@@ -82,6 +82,7 @@ def film_sets(
     with its own z. Real films come at the generator's size, lest their finer pixels alone tell them apart. Crops of
     nodules are about the box or the mask, those of synthetic normal films about a mask that was not given, those of
     real normal films anywhere in the prior's lung field, and again, as `CONTROL`, about the boxes of real nodules.
+    A model that places no nodules is cropped about the mask all the same, as the source does where none was seen.
 
     Args:
         generator: see `carim_aug.protocol`.
