@@ -13,7 +13,7 @@ from torch import Tensor
 SOURCE_OFFSET_DB = 20 * math.log10(255)
 """By how many dB the source's figures are too high: a peak of 255 for images in [0, 1] (METHOD 9, 5)."""
 
-_BLOCK = 64  # images that are float64 at a time, of each set
+_BLOCK = 128  # images that are float64 at a time, of each set
 _ROUNDING = 1e-13  # of peak^2: a mean square below it is that of two equal images
 
 
