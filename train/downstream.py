@@ -52,7 +52,7 @@ class DownstreamPreset:
 
 PRESETS: dict[str, DownstreamPreset] = {
     "thesis": DownstreamPreset(FinetunePreset(size=224, images=120_000, learning_rate=1e-4), split="source"),
-    "mini": DownstreamPreset(FinetunePreset(size=128, images=2_048, snapshot_images=1_024)),
+    "mini": DownstreamPreset(FinetunePreset(size=128, images=1_600, learning_rate=1e-3, snapshot_images=800)),
     "tiny": DownstreamPreset(
         FinetunePreset(size=32, images=32, batch=8, snapshot_images=16), arms=("DS2", "DS4-graft", "DS5"), seeds=2
     ),

@@ -1,7 +1,9 @@
 """All figures: `python -m train.report --data FOLDER --weights A [B ...] --encoders FOLDER --out runs/report`.
 
-Writes figures.json, report.md (the tables that README quotes) and report.html (with pictures: they hold real X-rays, so
-keep them where the data are). A figure that was computed once is kept in OUT/kept under the hash of its weights,
+With `--table1` (folder of `train.baselines`) and `--table2` (of `train.downstream`) also every table and figure of the
+source, beside its own figures, and their tables as CSV; `--sections reproduction` gives these alone. Writes
+figures.json, report.md (the tables that README quotes) and report.html (with pictures: they hold real X-rays, so keep
+them where the data are). A figure that was computed once is kept in OUT/kept under the hash of its weights,
 settings and code, and read back the next time. Weights given first and second are stage 1 and stage 2, if they are.
 """
 
@@ -47,9 +49,21 @@ from train.figures import (
 from train.figures import share as share_of
 from train.kept import Kept, digest_of
 from train.patches import HeldOut, PatchPreset, held_out_patches, hits, learnt, placed_patches, prior_places, worth
+from train.reproduction import (
+    Models,
+    ReproductionPreset,
+    of_models,
+    pictures_of,
+    reproduction_rows,
+    reproduction_text,
+    write_csvs,
+)
 from train.run import git_commit
 from train.sources import Patients, Source, blob_source, ct_source, graft_source, read_patients, scaled, whole_source
+from train.table2 import table2
 from train.tables import markdown, page
+
+SECTIONS = ("weights", "patches", "speed", "reproduction")
 
 CLASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda labels: ~labels.any(dim=1),
@@ -67,6 +81,7 @@ class ReportPreset:
         hits: nodules of each source that the net of real boxes looks for.
         speed: presets of `train.presets` that are timed.
         times: calls whose median is the time.
+        reproduction: numbers of the source's tables and figures.
     """
 
     figures: FigurePreset = field(default_factory=FigurePreset)
@@ -74,6 +89,7 @@ class ReportPreset:
     hits: int = 300
     speed: tuple[str, ...] = ("fast128", "fast256", "thesis256")
     times: int = 3
+    reproduction: ReproductionPreset = field(default_factory=ReproductionPreset)
 
 
 PRESETS: dict[str, ReportPreset] = {
@@ -84,6 +100,9 @@ PRESETS: dict[str, ReportPreset] = {
         hits=10,
         speed=("tiny",),
         times=1,
+        reproduction=ReproductionPreset(
+            FigurePreset(pairs=12, splits=3, draws=20, batch=8), pairs=8, points=12, maps=8, perplexity=4.0
+        ),
     ),
 }
 
@@ -288,6 +307,28 @@ def pictures(folder: str | None, figures: dict[str, Any], real: Real, preset: Re
     return sheets
 
 
+def of_source(
+    weights: dict[str, str | None],
+    real: Real,
+    kept: Kept,
+    preset: ReproductionPreset,
+    options: argparse.Namespace,
+    sheets: dict[str, Any],
+) -> dict[str, Any]:
+    """Gives the source's tables and figures from the runs there are; adds its pictures to `sheets`."""
+    figures: dict[str, Any] = {}
+    if options.table1:
+        models = Models.read(options.table1, weights)
+        classifiers = dict(pair.split("=", 1) for pair in options.classifiers)
+        figures |= of_models(
+            models, real.films, real.held_out, kept, preset, encoders=options.encoders, classifiers=classifiers
+        )
+        sheets |= pictures_of(models, figures, real.held_out, preset)
+    if options.table2:
+        figures["table2"] = table2(options.table2, options.table2_part)
+    return figures
+
+
 def prior_path(folder: str | None) -> Path:
     """Gives the file of the prior that lies beside weights, or the bundled one's."""
     beside = Path(folder) / "prior.safetensors" if folder else None
@@ -316,16 +357,24 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
     figures: dict[str, Any] = {"test": options.test, "git_commit": git_commit(), "preset": asdict(preset)}
     figures["encoders"] = json.loads((Path(options.encoders) / "report.json").read_text())
-    figures["weights"] = {name: of_weights(folder, real, kept, preset, options) for name, folder in weights.items()}
-    figures["patches"] = of_patches(weights, real, kept, preset, options)
-    figures["speed"] = of_speed(kept, preset, options)
+    sheets: dict[str, Any] = {}
+    if "weights" in options.sections:
+        figures["weights"] = {name: of_weights(folder, real, kept, preset, options) for name, folder in weights.items()}
+        for name, folder in weights.items():
+            for title, sheet in pictures(folder, figures["weights"][name], real, preset).items():
+                sheets[f"{name}: {title}"] = sheet
+    if "patches" in options.sections:
+        figures["patches"] = of_patches(weights, real, kept, preset, options)
+    if "speed" in options.sections:
+        figures["speed"] = of_speed(kept, preset, options)
+    if "reproduction" in options.sections:
+        figures["reproduction"] = of_source(weights, real, kept, preset.reproduction, options, sheets)
     (out / "figures.json").write_text(json.dumps(figures, indent=1))
     text = markdown(figures)
+    if "reproduction" in figures:
+        text += "\n" + "\n\n".join(reproduction_text(figures["reproduction"])) + "\n"
+        write_csvs(reproduction_rows(figures["reproduction"]), out)
     (out / "report.md").write_text(text)
-    sheets = {}
-    for name, folder in weights.items():
-        for title, sheet in pictures(folder, figures["weights"][name], real, preset).items():
-            sheets[f"{name}: {title}"] = sheet
     (out / "report.html").write_text(page(text, sheets))
     print(f"{kept.computed} figures computed in {math.ceil(time.monotonic() - started)} s: {out / 'report.md'}")
     return figures
@@ -345,6 +394,17 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ct-nodules", help="templates.npz of CT nodules in projection")
     parser.add_argument("--weights", nargs="+", default=[""], help="folders of generators; '' is the bundled one")
     parser.add_argument("--classifier", help="file of the classifier whose maps are looked at")
+    parser.add_argument("--table1", help="folder of train.baselines: Table 1 and Figures 3 to 7")
+    parser.add_argument("--table2", help="folder of train.downstream: Table 2")
+    parser.add_argument("--table2-part", default="test", choices=("val", "test"), help="films of Table 2")
+    parser.add_argument(
+        "--classifiers",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        help="classifiers of Figure 7: that of the CARIM loss, and others that training never saw",
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--encoders", required=True, help="folder that train.encoders wrote")
     parser.add_argument("--test", nargs="+", default=["val"], help="held-out splits; 'val test' for final figures")
     parser.add_argument("--out", default="runs/report")

@@ -205,7 +205,8 @@ def table2_text(figures: Mapping[str, Any]) -> list[str]:
         f"{films['normal']} normal and {films['nodule']} nodule {figures['part']} films of {films['patients']} "
         "patients. AUC: area under the curve, mean over seeds, 95 % interval over patients and seeds. Rates: at "
         "probability 0.5, normal films weighed so that both classes count alike, as in the source's 633 + 633. "
-        "Differences: paired over films and seeds. The source's AUC is a mean of two rates and no area; its DS1 fits no test set of two halves."
+        "Differences: paired over films and seeds. The source's AUC is a mean of two rates and no area; its "
+        "DS1 fits no test set of two halves."
     )
     parts = ["## Table 2: what synthetic nodules do for a classifier", text]
     for title, (header, rows) in table2_rows(figures).items():

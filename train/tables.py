@@ -18,25 +18,28 @@ PAIRS = {"prior": "boxes of the prior", "ellipse": "the same as ellipses", "rand
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """Gives all tables of a report's figures, as `train.report` makes them."""
-    weights = figures["weights"]
-    head = [
-        "# Figures",
-        f"Held-out films: {', '.join(figures['test'])}. Intervals are 95 %; [[..]] are quartiles. Weights: "
-        + "; ".join(f"{name} {w['hash'][:12]}, {_stage(w)}" for name, w in weights.items())
-        + f". Commit {figures['git_commit'][:12]}.",
-    ]
+    weights = figures.get("weights", {})
+    named = "; ".join(f"{name} {w['hash'][:12]}, {_stage(w)}" for name, w in weights.items())
     parts = [
-        *head,
-        *_realism(weights, figures["encoders"]),
-        *_repeats(weights),
-        "## Pairs: what a mask changes",
-        pair_table(weights),
-        "## Contrast, inside against ring, beside real boxes (train and held-out)",
-        *contrast_tables(weights),
-        *_maps(weights),
-        *_patches(figures["patches"]),
-        *_speed(figures["speed"]),
+        "# Figures",
+        f"Held-out films: {', '.join(figures['test'])}. Intervals are 95 %; [[..]] are quartiles. "
+        + (f"Weights: {named}. " if named else "")
+        + f"Commit {figures['git_commit'][:12]}.",
     ]
+    if weights:
+        parts += [
+            *_realism(weights, figures["encoders"]),
+            *_repeats(weights),
+            "## Pairs: what a mask changes",
+            pair_table(weights),
+            "## Contrast, inside against ring, beside real boxes (train and held-out)",
+            *contrast_tables(weights),
+            *_maps(weights),
+        ]
+    if "patches" in figures:
+        parts += _patches(figures["patches"])
+    if "speed" in figures:
+        parts += _speed(figures["speed"])
     return "\n\n".join(parts) + "\n"
 
 
