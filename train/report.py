@@ -101,7 +101,12 @@ PRESETS: dict[str, ReportPreset] = {
         speed=("tiny",),
         times=1,
         reproduction=ReproductionPreset(
-            FigurePreset(pairs=12, splits=3, draws=20, batch=8), pairs=8, points=12, maps=8, perplexity=4.0
+            FigurePreset(pairs=12, splits=3, draws=20, batch=8),
+            pairs=8,
+            points=12,
+            maps=8,
+            perplexity=4.0,
+            neighbours=3,
         ),
     ),
 }
@@ -318,7 +323,7 @@ def of_source(
     """Gives the source's tables and figures from the runs there are; adds its pictures to `sheets`."""
     figures: dict[str, Any] = {}
     if options.table1:
-        models = Models.read(options.table1, weights)
+        models = Models.read(options.table1, weights, full=options.figures_of)
         classifiers = dict(pair.split("=", 1) for pair in options.classifiers)
         figures |= of_models(
             models, real.films, real.held_out, kept, preset, encoders=options.encoders, classifiers=classifiers
@@ -395,6 +400,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", default=[""], help="folders of generators; '' is the bundled one")
     parser.add_argument("--classifier", help="file of the classifier whose maps are looked at")
     parser.add_argument("--table1", help="folder of train.baselines: Table 1 and Figures 3 to 7")
+    parser.add_argument("--figures-of", default="carim", help="model of Figures 4 to 7, by its name in Table 1")
     parser.add_argument("--table2", help="folder of train.downstream: Table 2")
     parser.add_argument("--table2-part", default="test", choices=("val", "test"), help="films of Table 2")
     parser.add_argument(

@@ -26,8 +26,8 @@ from train.table1 import load_model, table1_row, table1_rows, table1_text
 from train.table2 import table2_rows, table2_text
 from train.tables import Row, number, spanned, table
 
-FULL = "carim"
-"""The model of Figures 4 to 7."""
+COLUMNS = 6
+"""Samples of Figure 3; fewer where fewer patients have real ones to stand beside."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ReproductionPreset:
         points: films of each class of Figures 4 and 5.
         maps: nodule films of Figure 7.
         perplexity: of t-SNE.
+        neighbours: of each point of Figures 4 and 5.
     """
 
     films: FigurePreset = field(default_factory=lambda: FigurePreset(pairs=1_000))
@@ -47,6 +48,7 @@ class ReproductionPreset:
     points: int = 1_000
     maps: int = 2_000
     perplexity: float = 30.0
+    neighbours: int = 10
 
 
 @dataclass
@@ -56,22 +58,27 @@ class Models:
     Attributes:
         generators: by name.
         priors: by name.
+        full: which of them Figures 4 to 7 are of.
     """
 
     generators: dict[str, Any]
     priors: dict[str, LocationPrior]
+    full: str
 
     @classmethod
-    def read(cls, folder: str | Path, more: Mapping[str, str | Path | None] | None = None) -> "Models":
+    def read(
+        cls, folder: str | Path, more: Mapping[str, str | Path | None] | None = None, *, full: str = "carim"
+    ) -> "Models":
         """Gives the models of `train.baselines` that are there, in Table 1's order, and further ones.
 
         Args:
             folder: that the baselines were trained into.
             more: names and folders of weights; None: the bundled ones.
+            full: name of the model that Figures 4 to 7 are of.
 
         Raises:
             WeightsError: damaged weights.
-            ValueError: there is none.
+            ValueError: there is none, or none of the name `full`.
         """
         paths: dict[str, str | Path | None] = {
             name: Path(folder) / name / "export"
@@ -86,12 +93,9 @@ class Models:
             generators[name] = load_model(path)
             beside = Path(path) / "prior.safetensors" if path else None
             priors[name] = LocationPrior.load(beside) if beside and beside.exists() else LocationPrior.bundled()
-        return cls(generators, priors)
-
-    @property
-    def full(self) -> str:
-        """The model of Figures 4 to 7: the CARIM-cGAN, or the last one there is."""
-        return FULL if FULL in self.generators else list(self.generators)[-1]
+        if full not in generators:
+            raise ValueError(f"--figures-of must be one of {list(generators)}, got {full!r}")
+        return cls(generators, priors, full)
 
 
 def of_models(
@@ -141,11 +145,11 @@ def of_models(
     def neighbours() -> dict[str, Any]:
         sets = film_sets(generator, prior, real, n=preset.points)
         return {
-            name: embedding_figures(embed(part, perplexity=preset.perplexity))
+            name: embedding_figures(embed(part, perplexity=preset.perplexity), k=preset.neighbours)
             for name, part in (("figure4", sets.films), ("figure5", sets.crops))
         }
 
-    figures |= keep("figures45", full, neighbours, n=preset.points, perplexity=preset.perplexity)
+    figures |= keep("figures45", full, neighbours, n=preset.points, perplexity=preset.perplexity, k=preset.neighbours)
     if classifiers:
         figures["figure7"] = keep(
             "figure7",
@@ -169,8 +173,9 @@ def pictures_of(
     full = models.full
     generator, prior = models.generators[full], models.priors[full]
     named = {MODELS.get(name, name): g for name, g in models.generators.items()}
+    columns = min(COLUMNS, len(real.normal_patients.unique()), len(real.nodule_patients.unique()))
     sheets = {
-        "Figure 3: the same noise without and with a nodule": same_noise_grid(named, prior, real=real),
+        "Figure 3: the same noise without and with a nodule": same_noise_grid(named, prior, real=real, columns=columns),
         f"Figure 6: difference maps of the {MODELS.get(full, full)}": difference_grid(generator, prior),
     }
     sets = film_sets(generator, prior, real, n=preset.points)
