@@ -14,9 +14,9 @@ from PIL import Image
 
 from carim_aug.checkpoint import BUNDLED
 from carim_aug.data.phantom import phantom_chest
-from train.arms import ARMS, SHARE, Sources, arm_batches, parsed, real_films
+from train.arms import ARMS, SHARE, Sources, arm_batches, arm_counts, parsed, real_films
 from train.downstream import PRESETS, SWEPT, read_parts, run_arm, told_counts
-from train.filmset import FilmSet, read_filmset, source_split
+from train.filmset import FilmSet, counted, read_filmset, source_split
 from train.neutral import PRESETS as STARTS
 from train.neutral import train_neutral
 from train.published import TABLE1, TABLE2, corrected_table1, corrected_table2
@@ -135,6 +135,8 @@ def test_every_arm_holds_what_it_says_and_stays_balanced(name, phantom_data, tem
     n = round(share * 8)
     assert share == pytest.approx(SHARE if arm.source and "@" not in name else share)
     assert counts["Nodule"] == {"real": 8, "synthetic": n, "total": 8 + n}
+    names = (("No Finding", "real"), ("Nodule", "real"), ("No Finding", "synthetic"), ("Nodule", "synthetic"))
+    assert arm_counts(name, 16, 8) == counts_of(*(counts[c][kind] for c, kind in names))
     assert counts["No Finding"]["total"] == (16 if name == "DS1" else 8 + n)
     batches = list(epochs(0))
     shown = sum(len(images) for images, _ in batches)
@@ -155,10 +157,10 @@ def test_duplicates_are_the_train_splits_own_nodule_films(phantom_data):
 
 def test_normal_films_are_drawn_by_the_seed(phantom_data):
     train, arm = read_filmset(phantom_data, "train", 32), ARMS["DS2"]
-    names = [set(real_films(arm, train, more=0, seed=s).names) for s in (0, 0, 1)]
+    names = [set(real_films(arm, train, 8, seed=s).names) for s in (0, 0, 1)]
     assert names[0] == names[1] != names[2]
-    with pytest.raises(RunError, match="data must have at least 18 normal films"):
-        real_films(arm, train, more=10, seed=0)
+    with pytest.raises(RunError, match="data must have at least 40 normal films to train on for DS7@4, got 16"):
+        arm_batches("DS7@4", train, Sources(), batch=4, seed=0)
 
 
 @pytest.mark.parametrize("name", ["DS0", "DS4@", "DS4@-1", "DS4@many", "DS2@1"])
@@ -269,12 +271,29 @@ def test_the_sources_tables_are_those_of_the_method():
     assert corrected_table2()["DS2"]["specificity"] == pytest.approx(0.4407, abs=2e-4)
 
 
-def test_counts_tell_every_data_set_and_what_cannot_be_known(official, templates):
-    preset = replace(TINY, split="source", test=6)
-    text = told_counts(read_parts(official, preset), ["DS1", "DS4"], Sources(BUNDLED, BUNDLED, templates))
+def test_counts_come_from_the_tables_alone(official, tmp_path):
+    table = "Data_Entry_2017_v2020.csv"
+    (tmp_path / table).write_bytes((official / table).read_bytes())
+    parts = counted(tmp_path, split="source", test=6)
+    assert (parts["test"]["normal"], parts["test"]["nodule"]) == (6, 6)
+    train = read_filmset(official, "train", 32, split="source", test=6)
+    assert parts["train"]["nodule"] == sum(train.targets)
+    assert parts["train"]["normal"] + parts["train"]["nodule"] == len(train)
+    text = told_counts(parts, ["DS1", "DS4@4", "DS7@4"])
     assert "| test | 6 | 6 |" in text
     assert "59,728 normal and 5,698 nodule" in text
     assert "Not known" in text
+
+
+def test_the_sources_data_sets_have_the_sources_counts():
+    assert arm_counts("DS1", 59_728, 5_698) == counts_of(59_728, 5_698, 0, 0)
+    assert arm_counts("DS2", 59_728, 5_698) == counts_of(5_698, 5_698, 0, 0)
+    assert arm_counts("DS4", 59_728, 5_698) == counts_of(5_698, 5_698, 2_000, 2_000)
+    assert arm_counts("DS5", 59_728, 5_698) == counts_of(7_698, 5_698, 0, 2_000)
+
+
+def counts_of(*numbers: int) -> dict[str, int]:
+    return dict(zip(("real normal", "real nodule", "synthetic normal", "synthetic nodule"), numbers, strict=True))
 
 
 def test_the_command_runs_the_official_layout_and_names_what_is_missing(official, tmp_path):

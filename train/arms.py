@@ -47,6 +47,11 @@ class Arm:
     insertion: str = "graft"
     anywhere: bool = False
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether whole generated films of both classes come in."""
+        return self.insertion == "whole" and self.source in ("without", "full")
+
 
 ARMS: dict[str, Arm] = {
     "DS1": Arm("all real films", balanced=False),
@@ -144,21 +149,36 @@ class Sources:
         return generator, LocationPrior.load(beside) if beside.exists() else LocationPrior.bundled()
 
 
-def real_films(arm: Arm, train: FilmSet, *, more: int, seed: int) -> FilmSet:
-    """Gives an arm's real films: all, or the nodule films with as many normal ones and `more`.
-
-    Raises:
-        RunError: there are not so many normal films.
-    """
+def real_films(arm: Arm, train: FilmSet, normals: int, *, seed: int) -> FilmSet:
+    """Gives an arm's real films: all, or the nodule films and so many normal ones, which the seed draws."""
     if not arm.balanced:
         return train
     nodule = train.findings[:, NODULE] > 0
     normal = (~nodule).nonzero()[:, 0]
     order = torch.randperm(len(normal), generator=torch.Generator().manual_seed(fold(seed, 11)))
-    n = int(nodule.sum()) + more
-    if n > len(normal):
-        raise RunError(f"data must have at least {n} normal films to train on for this arm, got {len(normal)}")
-    return train.rows(torch.cat([nodule.nonzero()[:, 0], normal[order[:n]].sort().values]))
+    return train.rows(torch.cat([nodule.nonzero()[:, 0], normal[order[:normals]].sort().values]))
+
+
+def arm_counts(name: str, normal: int, nodule: int) -> dict[str, int]:
+    """Gives an arm's films of a train split with so many normal and nodule ones.
+
+    Returns:
+        "real normal", "real nodule", "synthetic normal", "synthetic nodule".
+
+    Raises:
+        RunError: there are not so many normal films.
+    """
+    arm, share = parsed(name)
+    n = round(share * nodule)
+    real = normal if not arm.balanced else nodule if arm.synthetic else nodule + n
+    if real > normal:
+        raise RunError(f"data must have at least {real} normal films to train on for {name}, got {normal}")
+    return {
+        "real normal": real,
+        "real nodule": nodule,
+        "synthetic normal": n if arm.synthetic else 0,
+        "synthetic nodule": n,
+    }
 
 
 def arm_batches(
@@ -176,24 +196,26 @@ def arm_batches(
         bf16: generate in bfloat16.
 
     Returns:
-        Batches of films (B, 1, S, S) uint8 and targets (B,) int64; and counts, as `class_counts` has them.
+        Batches of films (B, 1, S, S) uint8 and targets (B,) int64; and counts, as `SyntheticNoduleMix.class_counts` has
+        them.
 
     Raises:
         RunError: something that the arm needs is missing.
     """
-    arm, share = parsed(name)
-    n = round(share * sum(train.targets))
-    synthetic = arm.source in ("without", "full") and arm.insertion == "whole"
-    films = real_films(arm, train, more=0 if synthetic else n, seed=seed)
+    arm, _ = parsed(name)
+    nodule = sum(train.targets)
+    counts = arm_counts(name, len(train) - nodule, nodule)
+    films = real_films(arm, train, counts["real normal"], seed=seed)
     if arm.source:
         generator, prior = sources.generator(arm, train)
     else:  # nothing is generated: any generator will do
         generator, prior = DuplicatedFilms(films.images, films.images), LocationPrior.bundled()
+    added = {"Nodule": counts["synthetic nodule"], "No Finding": counts["synthetic normal"]}
     mix = SyntheticNoduleMix(
         generator,
         prior,
         p=None if arm.source else 0.0,
-        n_synthetic={"Nodule": n, **({"No Finding": n} if synthetic else {})} if arm.source else None,
+        n_synthetic=added if arm.source else None,
         insertion=arm.insertion if arm.source else "whole",
         placement="prior" if arm.anywhere else "host",
         seed=seed,

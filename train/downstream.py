@@ -7,6 +7,7 @@ add: `--without` and `--full` (folders of weights), `--ct-nodules`. The same com
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -21,8 +22,8 @@ from carim_aug.hub import WeightsError
 from carim_aug.keys import fold
 from carim_aug.models.classifier import ChestClassifier, ClassifierError
 from carim_aug.sealed import digest
-from train.arms import ARMS, Sources, arm_batches, parsed
-from train.filmset import SOURCE_TEST, FilmSet, read_filmset
+from train.arms import ARMS, Sources, arm_batches, arm_counts, parsed
+from train.filmset import SOURCE_TEST, FilmSet, counted, read_filmset
 from train.finetune import FinetunePreset, finetune, scores_of
 from train.presets import changed
 from train.run import Run, RunError, TrainingError, git_commit, write_whole
@@ -114,6 +115,7 @@ def run_arm(
     )
     classifier = finetune(classifier, epochs, training, run, seed=seed, device=device, bf16=bf16)
     told: dict[str, Any] = {**recipe, "counts": counts, "git_commit": git_commit(), "films": {}}
+    told["train_films"] = hashlib.sha256("\n".join(parts["train"].names).encode()).hexdigest()
     for part in ("val", "test"):
         if part in parts:
             films = parts[part]
@@ -140,22 +142,26 @@ def read_parts(data: str | Path, preset: DownstreamPreset) -> dict[str, FilmSet]
     }
 
 
-def told_counts(parts: dict[str, FilmSet], names: Sequence[str], sources: Sources) -> str:
-    """Gives the counts of every data set, and what of the source's cannot be known."""
+def told_counts(parts: dict[str, dict[str, int]], names: Sequence[str]) -> str:
+    """Gives the counts of every data set, and what of the source's cannot be known.
+
+    Args:
+        parts: of `train.filmset.counted`.
+        names: of arms.
+    """
     lines = ["| films | normal | nodule | patients |", "|---|---|---|---|"]
     for part, films in parts.items():
-        nodule = sum(films.targets)
-        lines.append(f"| {part} | {len(films) - nodule:,} | {nodule:,} | {len(films.patients.unique()):,} |")
-    lines += [
-        "",
-        "| arm | | real normal | real nodule | synthetic normal | synthetic nodule |",
-        "|---|---|---|---|---|---|",
-    ]
+        lines.append(f"| {part} | {films['normal']:,} | {films['nodule']:,} | {films['patients']:,} |")
+    head = ["real normal", "real nodule", "synthetic normal", "synthetic nodule"]
+    lines += ["", f"| arm | | {' | '.join(head)} |", "|---|---|---|---|---|---|"]
+    train = parts["train"]
     for name in names:
-        arm, _ = parsed(name)
-        counts = arm_batches(name, parts["train"], sources, batch=1, seed=0)[1]
-        cells = [f"{counts[c][k]:,}" for k in ("real", "synthetic") for c in ("No Finding", "Nodule")]
-        lines.append(f"| {name} | {arm.title} | {' | '.join(cells)} |")
+        try:
+            counts = arm_counts(name, train["normal"], train["nodule"])
+            cells = " | ".join(f"{counts[k]:,}" for k in head)
+        except RunError as error:
+            cells = f"{error} | | | "
+        lines.append(f"| {name} | {parsed(name)[0].title} | {cells} |")
     lines += [
         "",
         "The source: 59,728 normal and 5,698 nodule films to train on, 633 + 633 to test on. Not known from it: which "
@@ -189,10 +195,10 @@ def main() -> None:
         for name in names:
             parsed(name)
         sources = Sources(options.without, options.full, options.ct_nodules)
-        parts = read_parts(options.data, preset)
         if options.counts:
-            print(told_counts(parts, names, sources))
+            print(told_counts(counted(options.data, split=preset.split, test=preset.test), names))
             return
+        parts = read_parts(options.data, preset)
         where = {"start": options.start, "out": options.out, "device": options.device}
         for seed in seeds:
             for name in names:

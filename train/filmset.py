@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from carim_aug.data.chestxray14 import ChestXray14
+from carim_aug.data.chestxray14 import ChestXray14, read_entries
 from train.labelled import NODULE
 from train.reading import Reading
 from train.run import RunError
@@ -92,6 +92,37 @@ def source_split(targets: np.ndarray, patients: np.ndarray, *, test: int = SOURC
             f"and {int(counts[:, 1].sum())} nodule ones, {int(left[0])} and {int(left[1])} short"
         )
     return np.where(chosen[inverse], "test", "train").tolist()
+
+
+def counted(root: str | Path, *, split: str = "file", test: int = SOURCE_TEST) -> dict[str, dict[str, int]]:
+    """Gives the films and patients of each part, from the tables alone where the split is the source's.
+
+    Args:
+        root: the folder of the tables; images need not be there for "source".
+        split: as in `read_filmset`.
+        test: of `source_split`.
+
+    Returns:
+        "train", "test", and "val" where there is one, to "normal", "nodule" and "patients".
+    """
+    if split == "source":
+        rows = [(n, p) for _, n, p, _ in read_entries(root) if not n or "Nodule" in n]
+        targets, patients = np.array([bool(n) for n, _ in rows]), np.array([p for _, p in rows])
+        parts = np.array(source_split(targets, patients, test=test))
+    else:
+        kinds = {part: ChestXray14(root, split=part, only_normal_or_nodule=True) for part in ("train", "val", "test")}
+        targets = np.concatenate([data.labels[:, NODULE] > 0 for data in kinds.values()])
+        patients = np.concatenate([data.patients for data in kinds.values()])
+        parts = np.repeat(list(kinds), [len(data) for data in kinds.values()])
+    return {
+        part: {
+            "normal": int((~targets[parts == part]).sum()),
+            "nodule": int(targets[parts == part].sum()),
+            "patients": len(np.unique(patients[parts == part])),
+        }
+        for part in ("train", "val", "test")
+        if (parts == part).any()
+    }
 
 
 def read_filmset(

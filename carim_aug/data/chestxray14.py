@@ -129,7 +129,7 @@ class ChestXray14(Dataset[tuple[Any, Any]]):
         meanings = {"nodule": ("No Finding", "Nodule"), "detection": ("__background__", *FINDINGS)}
         self.classes: tuple[str, ...] = meanings.get(target, FINDINGS)
 
-        rows = _read_entries(self.root)
+        rows = read_entries(self.root)
         known = {"PA", "AP"} | {row[3] for row in rows}
         if views is not None and not known.issuperset(views):
             raise ValueError(f"views must be among {', '.join(sorted(known))}, got {sorted(set(views) - known)[0]!r}")
@@ -285,17 +285,26 @@ def split_by_patient(
     return [of[int(p)] for p in patient_ids]
 
 
-_Entry = tuple[str, frozenset[str], int, str]
+Entry = tuple[str, frozenset[str], int, str]
+"""Image Index, findings, patient and view of one film."""
 
 
-def _read_entries(root: Path) -> list[_Entry]:
-    """Image Index, findings, patient and view of each row of the main table."""
+def read_entries(root: str | Path) -> list[Entry]:
+    """The rows of the main table; no image needs to be there.
+
+    Args:
+        root: Folder that holds `Data_Entry_2017*.csv`.
+
+    Raises:
+        DataError: The table is missing, unreadable or breaks its rules.
+    """
+    root = Path(root)
     tables = sorted(root.glob("Data_Entry_2017*.csv"))
     if not tables:
         raise DataError(f"{root}: no Data_Entry_2017*.csv in this folder")
     path = tables[-1]
     columns = ("Image Index", "Finding Labels", "Patient ID", "View Position")
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for line, row in read_rows(path, columns):
         names = frozenset(_OTHER_NAMES.get(name, name) for name in row["Finding Labels"].split("|")) - {"No Finding"}
         unknown = names.difference(FINDINGS)
@@ -306,7 +315,7 @@ def _read_entries(root: Path) -> list[_Entry]:
     return entries
 
 
-def _read_splits(root: Path, entries: list[_Entry]) -> dict[str, str]:
+def _read_splits(root: Path, entries: list[Entry]) -> dict[str, str]:
     """From Image Index to split."""
     own, fit, test = root / "split.csv", root / "train_val_list.txt", root / "test_list.txt"
     patients = [entry[2] for entry in entries]
