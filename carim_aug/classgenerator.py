@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from carim_aug.checkpoint import ADVICE, FILE, PRIOR, WeightsError, check_finite, check_names
@@ -177,6 +178,16 @@ class ClassGenerator(nn.Module):
         write_sealed(Path(folder) / FILE, arrays, texts)
         if prior is not None:
             prior.save(Path(folder) / PRIOR)
+
+    @staticmethod
+    def is_at(folder: Any) -> bool:
+        """Says whether a folder holds weights that `save_pretrained` wrote, by their header alone."""
+        path = Path(folder) / FILE
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return (file.metadata() or {}).get("format") == FORMAT
+        except (SafetensorError, OSError):
+            return False
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClassGenerator":

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from carim_aug.chances import added_counts, chances_of
 from carim_aug.checkpoint import PRIOR, fetch
+from carim_aug.classgenerator import ClassGenerator
 from carim_aug.filler import Filler, Settled, sizes_of
 from carim_aug.gate import Gates
 from carim_aug.hub import NoduleGenerator
@@ -181,7 +182,8 @@ class SyntheticNoduleMix(v2.Transform):
         """Gives a mix with trained weights and a fitted prior.
 
         Args:
-            name_or_path: a folder or a hub id; None: the weights of `pool` if there is one, else the bundled ones.
+            name_or_path: a folder (of a `ClassGenerator` too) or a hub id; None: the weights of `pool` if there is one,
+                else the bundled ones.
             revision: of the hub repository.
             local_files_only: never ask the hub.
             cache_dir: of the hub's files.
@@ -196,7 +198,11 @@ class SyntheticNoduleMix(v2.Transform):
         if isinstance(options.get("pool"), SyntheticPool) and name_or_path is None:
             return cls(options["pool"].generator, prior or options["pool"].prior, **options)
         where: Any = dict(revision=revision, local_files_only=local_files_only, cache_dir=cache_dir, token=token)
-        generator = NoduleGenerator.from_pretrained(name_or_path, **where)
+        generator: Generator
+        if name_or_path is not None and ClassGenerator.is_at(name_or_path):
+            generator = ClassGenerator.from_pretrained(name_or_path)
+        else:
+            generator = NoduleGenerator.from_pretrained(name_or_path, **where)
         if prior is None:
             prior = LocationPrior.load(fetch(name_or_path, PRIOR, **where))
         return cls(generator, prior, **options)

@@ -132,6 +132,15 @@ class TestClassGenerators:
         assert bool((images[synthetic].flatten(1).std(dim=1) > 0).all())
         assert labels[synthetic].sum() > 0
 
+    def test_a_mix_is_made_of_its_folder(self, kind, tmp_path):
+        untrained(kind).save_pretrained(tmp_path, prior=LocationPrior.bundled())
+        mix = SyntheticNoduleMix.from_pretrained(tmp_path, p=1.0)
+        assert mix.weights_hash == untrained(kind).weights_hash
+        image, _, _ = mix.regenerate((0, 0, 0))
+        assert image.shape == (1, 32, 32)
+        mix.save_pretrained(tmp_path / "again")
+        assert SyntheticNoduleMix.from_pretrained(tmp_path / "again").weights_hash == mix.weights_hash
+
     def test_refuses_grafts_and_boxes(self, kind):
         generator, prior = untrained(kind), LocationPrior.bundled()
         with pytest.raises(ValueError, match="insertion must be 'whole' with a ClassGenerator"):

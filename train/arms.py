@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carim_aug.classgenerator import ClassGenerator
 from carim_aug.controls import CopiedNodules, DrawnNodules, DuplicatedFilms, SuperimposedNodules, uniform_prior
 from carim_aug.data.ct_nodules import CTNodules
-from carim_aug.hub import NoduleGenerator, WeightsError
 from carim_aug.keys import fold
 from carim_aug.mix import SyntheticNoduleMix
 from carim_aug.prior import LocationPrior
 from train.filmset import FilmSet
 from train.labelled import NODULE
 from train.run import RunError
+from train.table1 import load_model
 
 SHARE = 2_000 / 5_698
 """Synthetic nodules for each real one in the source."""
@@ -141,12 +140,8 @@ class Sources:
         folder = self.without if which == "without" else self.full
         if folder is None:
             raise RunError(f"{which} must be given for this arm (--{which} FOLDER of weights), got None")
-        try:
-            generator: Any = NoduleGenerator.from_pretrained(folder)
-        except WeightsError:
-            generator = ClassGenerator.from_pretrained(folder)
         beside = Path(folder) / "prior.safetensors"
-        return generator, LocationPrior.load(beside) if beside.exists() else LocationPrior.bundled()
+        return load_model(folder), LocationPrior.load(beside) if beside.exists() else LocationPrior.bundled()
 
 
 def real_films(arm: Arm, train: FilmSet, normals: int, *, seed: int) -> FilmSet:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from carim_aug.classgenerator import ClassGenerator
 from carim_aug.evaluation.psnr import SOURCE_OFFSET_DB, psnr
-from carim_aug.hub import NoduleGenerator, WeightsError
+from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold
 from carim_aug.prior import LocationPrior
 from train.baselines import MODELS
@@ -30,19 +30,15 @@ from train.sources import SIZE, Patients, scaled
 from train.tables import Row, spanned, table
 
 
-def load_model(folder: str | Path) -> Any:
-    """Gives a trained generator of any of the five models.
+def load_model(folder: str | Path | None) -> Any:
+    """Gives a trained generator of any of the five models; None: the bundled one.
 
     Raises:
         WeightsError: it is none.
     """
-    try:
-        return NoduleGenerator.from_pretrained(folder)
-    except WeightsError as error:
-        try:
-            return ClassGenerator.from_pretrained(folder)
-        except WeightsError:
-            raise error from None
+    if folder is not None and ClassGenerator.is_at(folder):
+        return ClassGenerator.from_pretrained(folder)
+    return NoduleGenerator.from_pretrained(folder)
 
 
 def signal_to_noise(made: Tensor, real: Tensor, *, seed: int = 0, draws: int = 400) -> dict[str, float]:
