@@ -13,6 +13,7 @@ from carim_aug.prior import LocationPrior
 ROOT = Path(__file__).resolve().parents[1]
 PROMISED = {
     "albumentations_boxes": ["epoch 0: 16 films", "boxes came in", "different nodules, each used"],
+    "balancing": ["DS1: ", "DS2 + duplicates: ", "DS4: ", "real ones"],
     "classifier_loader": ["'synthetic': 200", "epoch 0: loss", "AUC on 32 images without synthetic ones"],
     "classifier_transform": ["epoch 0: loss", "AUC on 32 images without synthetic ones"],
     "ddp": ["samples were synthetic", "over 2 ranks"],

@@ -30,7 +30,6 @@ from carim_aug.evaluation.pointing import pointing_chance, pointing_hit
 from carim_aug.keys import fold
 from carim_aug.models.classifier import ChestClassifier, ClassifierError
 from carim_aug.prior import LocationPrior
-from carim_aug.sealed import digest
 from train.devices import PRECISIONS, Part, agreed, in_first, launched
 from train.labelled import NODULE, LabelledFilms, draw_films, read_labelled, scaled
 from train.presets import CLASSIFIERS as PRESETS
@@ -181,7 +180,7 @@ def train_classifier(
     if begun is not None and begun.findings != FINDINGS:
         raise RunError(f"weights must be of the findings {FINDINGS}, got {begun.findings} in {weights}")
     if begun is not None:
-        recipe["weights"] = digest({k: v.numpy() for k, v in begun.state_dict().items()}, {})
+        recipe["weights"] = begun.weights_hash
     run = in_first(fabric, lambda: Run(out, recipe, begin=False))
     ct = CTNodules(ct_nodules) if ct_nodules is not None else None
     unreadable: list[str] = []

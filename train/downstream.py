@@ -21,7 +21,6 @@ from carim_aug.data.errors import DataError
 from carim_aug.hub import WeightsError
 from carim_aug.keys import fold
 from carim_aug.models.classifier import ChestClassifier, ClassifierError
-from carim_aug.sealed import digest
 from train.arms import ARMS, Sources, arm_batches, arm_counts, parsed
 from train.filmset import SOURCE_TEST, FilmSet, counted, read_filmset
 from train.finetune import FinetunePreset, finetune, scores_of
@@ -95,7 +94,7 @@ def run_arm(
         "arm": name,
         "seed": seed,
         "preset": {**asdict(preset), "arms": None, "seeds": None},
-        "start": None if begun is None else digest({k: v.numpy() for k, v in begun.state_dict().items()}, {}),
+        "start": None if begun is None else begun.weights_hash,
         "weights": sources.hashes(arm),
         "bf16": bf16,
     }

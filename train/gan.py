@@ -123,7 +123,7 @@ def train_gan(
     recipe |= {"note": note} if note else {}
     recipe |= {"precision": precision} if precision != "bf16-mixed" else {}
     recipe |= {"weights": trained.weights_hash} if trained is not None else {}
-    influence, begun = None, None
+    influence, begun, frozen_classifier = None, None, None
     if start is not None and classifier is not None:
         frozen_classifier = ChestClassifier.load(classifier).to(fabric.device)
         influence = Influence(frozen_classifier, preset.carim_weight, preset.carim_form, preset.carim_every)
@@ -157,7 +157,8 @@ def train_gan(
     if run is not None:
         run.begin()
         run.rewind(images_seen)
-        run.event("started", images=images_seen, processes=fabric.world_size, device=str(fabric.device))
+        judged_by = {"classifier": frozen_classifier.weights_hash[:16]} if frozen_classifier is not None else {}
+        run.event("started", images=images_seen, processes=fabric.world_size, device=str(fabric.device), **judged_by)
         for what in unreadable:
             run.event("film left out", error=what)
         choice = None

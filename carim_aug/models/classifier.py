@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import densenet121
 
-from carim_aug.sealed import read_sealed, write_sealed
+from carim_aug.sealed import digest, read_sealed, write_sealed
 
 INPUTS: dict[str, int] = {"imagenet": 3, "xrv": 1}
 """What the network was trained to see, and its channels: ImageNet-normalised RGB, or grey in [-1024, 1024]."""
@@ -55,6 +55,11 @@ class ChestClassifier(nn.Module):
             self.features.conv0 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
         self.activation = nn.ReLU()  # the layer whose output Grad-CAM looks at
         self.head = nn.Linear(1024, len(self.findings))
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of all tensors: names, types, shapes and values, as hex."""
+        return digest({name: tensor.detach().cpu().numpy() for name, tensor in self.state_dict().items()}, {})
 
     def target(self, finding: str) -> int:
         """Gives the place of a finding among the logits.
