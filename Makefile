@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo check lint test setup wheel bench gpu-run clean
+.PHONY: demo check lint test setup wheel bench gpu-run reproduce clean
 
 demo: setup
 	$(BIN)/carim-aug demo --out demo
@@ -36,6 +36,27 @@ MINUTES ?= 25
 OUT ?= runs/gpu
 gpu-run: setup
 	$(BIN)/python -m train.gpu_run --data "$(DATA)" --out "$(OUT)" --minutes $(MINUTES) $(ARGS)
+
+# Every table and figure of the source from films, each step resuming:
+#   make reproduce DATA=folder [SET=mini|thesis] [RUNS=runs/reproduction] [CT="--ct-nodules FILE"]
+SET ?= mini
+RUNS ?= runs/reproduction
+PART ?= test
+mini := usual chexnet128
+thesis := usual chexnet
+tiny := tiny tiny
+FILMS = --data "$(DATA)"
+reproduce: setup
+	$(BIN)/python -m train.encoders $(FILMS) --preset $(word 1,$($(SET))) --out $(RUNS)/encoders
+	$(BIN)/python -m train.classifier $(FILMS) $(CT) --preset $(word 2,$($(SET))) --out $(RUNS)/chexnet
+	$(BIN)/python -m train.baselines $(FILMS) $(CT) --preset $(SET) --classifier $(RUNS)/chexnet/classifier.safetensors \
+		--out $(RUNS)/table1
+	$(BIN)/python -m train.neutral $(FILMS) --preset $(SET) --out $(RUNS)/start
+	$(BIN)/python -m train.downstream $(FILMS) $(CT) --preset $(SET) --start $(RUNS)/start/classifier.safetensors \
+		--without $(RUNS)/table1/carim-without/export --full $(RUNS)/table1/carim/export --out $(RUNS)/table2
+	$(BIN)/python -m train.report $(FILMS) --preset $(word 1,$($(SET))) --sections reproduction --test $(PART) \
+		--encoders $(RUNS)/encoders --table1 $(RUNS)/table1 --table2 $(RUNS)/table2 --table2-part $(PART) \
+		--classifiers carim=$(RUNS)/chexnet/classifier.safetensors --out $(RUNS)/report
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist

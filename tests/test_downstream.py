@@ -16,7 +16,7 @@ from carim_aug.checkpoint import BUNDLED
 from carim_aug.data.phantom import phantom_chest
 from train.arms import ARMS, SHARE, Sources, arm_batches, arm_counts, parsed, real_films
 from train.downstream import PRESETS, SWEPT, read_parts, run_arm, told_counts
-from train.filmset import FilmSet, counted, read_filmset, source_split
+from train.filmset import FilmSet, counted, read_filmset, source_split, write_split
 from train.neutral import PRESETS as STARTS
 from train.neutral import train_neutral
 from train.published import TABLE1, TABLE2, corrected_table1, corrected_table2
@@ -283,6 +283,22 @@ def test_counts_come_from_the_tables_alone(official, tmp_path):
     assert "| test | 6 | 6 |" in text
     assert "59,728 normal and 5,698 nodule" in text
     assert "Not known" in text
+
+
+def test_the_written_split_keeps_the_test_films_from_every_recipe(official, tmp_path):
+    for path in official.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    write_split(tmp_path, test=6)
+    parts = {part: read_filmset(tmp_path, part, 32, everything=True) for part in ("train", "test")}
+    held = read_filmset(official, "test", 32, split="source", test=6)
+    assert set(held.names) <= set(parts["test"].names)
+    assert set(parts["test"].patients.tolist()) == set(held.patients.tolist())
+    counts = counted(tmp_path)
+    assert (counts["test"]["normal"], counts["test"]["nodule"]) == (6, 6)
+    together = counted(official, split="source", test=6)["train"]
+    assert counts["train"]["nodule"] + counts.get("val", {"nodule": 0})["nodule"] == together["nodule"]
+    with pytest.raises(RunError, match=r"split.csv is there already"):
+        write_split(tmp_path, test=6)
 
 
 def test_the_sources_data_sets_have_the_sources_counts():

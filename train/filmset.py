@@ -1,5 +1,10 @@
-"""Films of the source's classification task, normal against nodule, split by patient (METHOD 8, Table 2)."""
+"""Films of the source's classification task, normal against nodule, split by patient (METHOD 8, Table 2).
 
+`python -m train.filmset --data FOLDER` writes split.csv by the source's counts into a folder of the full ChestX-ray14,
+so that the other recipes never see the films that Table 2 is tested on.
+"""
+
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from carim_aug.data.chestxray14 import ChestXray14, read_entries
+from carim_aug.data.chestxray14 import ChestXray14, read_entries, split_by_patient
+from carim_aug.data.errors import DataError
 from train.labelled import NODULE
 from train.reading import Reading
-from train.run import RunError
+from train.run import RunError, write_whole
 
 SOURCE_TEST = 633
 """Test films of each class in the source."""
@@ -94,6 +100,37 @@ def source_split(targets: np.ndarray, patients: np.ndarray, *, test: int = SOURC
     return np.where(chosen[inverse], "test", "train").tolist()
 
 
+def write_split(root: str | Path, *, test: int = SOURCE_TEST, val: float = 0.1) -> Path:
+    """Writes split.csv: the patients of `source_split`'s test films to test, of the others a share to val.
+
+    Table 2 trains on train and val, the generators and classifiers on train alone.
+
+    Args:
+        root: folder of the official tables; images need not be there.
+        test: films of each class to test on.
+        val: share of the other patients.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunError: there is a split.csv already, or the counts cannot be met.
+    """
+    path = Path(root) / "split.csv"
+    if path.exists():
+        raise RunError(f"{path} is there already, and is left as it is")
+    entries = read_entries(root)
+    shown = [entry for entry in entries if not entry[1] or "Nodule" in entry[1]]
+    patients = np.array([entry[2] for entry in shown])
+    held = np.array(source_split(np.array([bool(entry[1]) for entry in shown]), patients, test=test)) == "test"
+    tested, everyone = set(patients[held].tolist()), [entry[2] for entry in entries]
+    others = split_by_patient(everyone, (1 - val, val, 0.0))
+    parts = ["test" if p in tested else part for p, part in zip(everyone, others, strict=True)]
+    lines = [f"{entry[0]},{part}\n" for entry, part in zip(entries, parts, strict=True)]
+    write_whole(path, ("Image Index,split\n" + "".join(lines)).encode())
+    return path
+
+
 def counted(root: str | Path, *, split: str = "file", test: int = SOURCE_TEST) -> dict[str, dict[str, int]]:
     """Gives the films and patients of each part, from the tables alone where the split is the source's.
 
@@ -169,3 +206,19 @@ def read_filmset(
     found = [data.boxes_relative(i, "Nodule") for i in rows]
     labels, patients = torch.from_numpy(data.labels)[rows], torch.from_numpy(data.patients)[rows]
     return FilmSet(torch.stack(images), labels, found, patients, [data.filenames[i] for i in rows])
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the official tables of ChestX-ray14")
+    parser.add_argument("--test-films", type=int, default=SOURCE_TEST, help="of each class")
+    options = parser.parse_args()
+    try:
+        print(write_split(options.data, test=options.test_films))
+    except (RunError, DataError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

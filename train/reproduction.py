@@ -5,6 +5,7 @@ of `train.downstream`. Part of `train.report`.
 """
 
 import csv
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -217,10 +218,10 @@ def reproduction_text(figures: Mapping[str, Any]) -> list[str]:
 
 
 def write_csvs(tables: Mapping[str, tuple[str, list[Row]]], folder: Path) -> list[Path]:
-    """Writes one CSV file a table, named after its title, and gives their paths."""
+    """Writes one CSV file a table, named after the start of its title, and gives their paths."""
     paths = []
     for title, (header, rows) in tables.items():
-        name = "".join(c if c.isalnum() else "-" for c in title.lower()).replace("--", "-").strip("-")
+        name = re.sub("[^a-z0-9]+", "-", title.partition(":")[0].lower())
         path = folder / f"{name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header.split("|"), *rows])
