@@ -134,7 +134,10 @@ class Sources:
             raise RunError("data must have nodule boxes in the train split for DS6, got none")
         rows = torch.tensor([i for i in boxed for _ in train.boxes[i]])
         boxes = torch.cat([train.boxes[i] for i in boxed]) * train.images.shape[-1]
-        return CopiedNodules(normal, train.images[rows], boxes), bundled
+        try:
+            return CopiedNodules(normal, train.images[rows], boxes), bundled
+        except ValueError as error:
+            raise RunError(f"data must have nodule boxes that can be copied for DS6: {error}") from error
 
     def _trained(self, which: str) -> tuple[Any, LocationPrior]:
         folder = self.without if which == "without" else self.full
