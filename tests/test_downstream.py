@@ -268,6 +268,8 @@ def test_the_sources_tables_are_those_of_the_method():
     for row in TABLE2.values():
         assert set(row) == {"accuracy", "sensitivity", "specificity", "precision", "f1", "auc"}
     assert set(corrected_table2()) == {"DS2", "DS3", "DS4"}
+    for name, row in corrected_table2().items():  # F1 does not change when precision and recall change places
+        assert row["f1"] == pytest.approx(TABLE2[name]["f1"], abs=2e-4)
     assert corrected_table2()["DS2"]["specificity"] == pytest.approx(0.4407, abs=2e-4)
 
 
