@@ -159,20 +159,32 @@ class ClassGenerator(nn.Module):
         check_masks(masks)
         return self.images(noise, (masks.flatten(1).amax(dim=1) > 0).long())
 
-    def save_pretrained(self, folder: str | Path, *, prior: LocationPrior | None = None, **provenance: Any) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        prior: LocationPrior | None = None,
+        training_data: str | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        git_commit: str | None = None,
+    ) -> None:
         """Writes model.safetensors, and prior.safetensors if there is a prior.
 
         Args:
             folder: made if missing.
             prior: for the masks that a mix draws; they mean a class only.
-            provenance: training_data, recipe, git_commit: plain JSON types.
+            training_data: what the weights were trained on; kept from before if None, as the next two.
+            recipe: plain JSON types.
+            git_commit: of the training code.
 
         Raises:
             WeightsError: a tensor is not finite.
         """
         arrays = self._arrays()
         check_finite(arrays, "these weights", "train again from the last good checkpoint")
-        self.provenance = {**self.provenance, **json.loads(json.dumps(provenance))}
+        given = {"training_data": training_data, "recipe": recipe, "git_commit": git_commit}
+        told = {k: v for k, v in given.items() if v is not None}
+        self.provenance = {**self.provenance, **json.loads(json.dumps(told))}
         Path(folder).mkdir(parents=True, exist_ok=True)
         texts = {"format": FORMAT, "config": json.dumps(asdict(self.config)), "provenance": json.dumps(self.provenance)}
         write_sealed(Path(folder) / FILE, arrays, texts)

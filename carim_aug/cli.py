@@ -17,20 +17,20 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from carim_aug import cli_export
-from carim_aug.compiled import compile_generator
 from carim_aug.data.chestxray14 import BOX_SIZE, SPLITS, ChestXray14, read_boxes
 from carim_aug.data.errors import DataError
 from carim_aug.data.images import IMAGE_SUFFIXES, read_grey
 from carim_aug.data.phantom import PhantomChest
 from carim_aug.data.tables import clip_box, number, read_rows
 from carim_aug.export import ExportError
-from carim_aug.hub import NoduleGenerator
 from carim_aug.keys import fold, stream
 from carim_aug.mix import SyntheticNoduleMix
 from carim_aug.models.generator import ARCHITECTURES
 from carim_aug.plan import MixParams
 from carim_aug.plots import batch_sheet, contact_sheet, save_picture, stacked
 from carim_aug.prior import LocationPrior
+from carim_aug.protocol import Generator
+from carim_aug.render import Renderer
 
 NOTICE = "Research use; not a medical device."
 LICENCE = "MIT (code); the weights' training data is named above"
@@ -171,9 +171,9 @@ def _classifier() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(32, 2))
 
 
-def _images_per_second(generator: NoduleGenerator, device: torch.device, *, seconds: float = 1.0) -> float:
+def _images_per_second(generator: Generator, device: torch.device, *, seconds: float = 1.0) -> float:
     """Generated images a second in batches of 32, after one to warm up."""
-    ready = compile_generator(generator).to(device)
+    ready = Renderer(generator).on(device)
     noise = torch.zeros(32, generator.noise_dim, device=device)
     masks = torch.zeros(32, 1, generator.image_size, generator.image_size, device=device)
     done, started = -32, 0.0

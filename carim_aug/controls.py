@@ -47,6 +47,7 @@ class FilmControl(ABC):
     noise_dim = 1 + _DRAWS * _BOXES
     value_range = (-1.0, 1.0)
     places = True
+    shows_real_films = True
 
     def __init__(self, films: Tensor, arrays: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
         """Checks and keeps the films."""
@@ -265,6 +266,7 @@ class DuplicatedFilms:
     noise_dim = 1
     value_range = (-1.0, 1.0)
     places = False
+    shows_real_films = True
 
     def __init__(self, normal: Tensor, nodule: Tensor) -> None:
         """Checks and keeps the films."""

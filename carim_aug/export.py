@@ -40,6 +40,7 @@ from carim_aug.hosts import Film, Hosts, find_films
 from carim_aug.keys import fold, stream
 from carim_aug.mix import SyntheticNoduleMix
 from carim_aug.prior import LocationPrior
+from carim_aug.protocol import places_nodules, shows_real_films
 from carim_aug.provenance import MARKER, Provenance, export_over
 
 COMPLETE = "complete.json"
@@ -168,6 +169,11 @@ class _Whole:
     insertion, hosts_hash = "whole", None
 
     def __init__(self, mix: SyntheticNoduleMix, n: int, normal: int, size: int | None) -> None:
+        if not places_nodules(mix.generator) or shows_real_films(mix.generator):
+            raise ValueError(
+                "mix must have a generator that puts nodules where masks are and shows no real films, to export whole "
+                f"images with their boxes, got a {type(mix.generator).__name__}"
+            )
         self.mix = SyntheticNoduleMix(mix.generator, mix.prior, seed=mix.seed)
         self.size = mix.generator.image_size if size is None else size
         tag = fold(int(mix.weights_hash[:15], 16), mix.seed) % 10**6

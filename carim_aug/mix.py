@@ -31,7 +31,7 @@ from carim_aug.plan import (
 )
 from carim_aug.pool import SyntheticPool
 from carim_aug.prior import LocationPrior
-from carim_aug.protocol import Generator, places_nodules
+from carim_aug.protocol import Generator, is_generator, places_nodules
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
 from carim_aug.wrapped import MixedDataset, PlannedDataset, check_order, takes_anything
@@ -109,7 +109,7 @@ class SyntheticNoduleMix(v2.Transform):
     ) -> None:
         """Checks the arguments; nothing is drawn or generated."""
         super().__init__()
-        if not isinstance(generator, Generator):
+        if not is_generator(generator):
             raise TypeError(
                 "generator must be a NoduleGenerator or have image_size, noise_dim, weights_hash and a call "
                 f"(carim_aug.protocol), got {type(generator).__name__}"
@@ -228,6 +228,8 @@ class SyntheticNoduleMix(v2.Transform):
             repo_id: such as "user/name"; made if missing.
             options: what `NoduleGenerator.push_to_hub` takes: commit_message, private, token, branch, ...
         """
+        if not hasattr(self.generator, "push_to_hub"):
+            raise TypeError(f"generator must be a NoduleGenerator to be pushed, got {type(self.generator).__name__}")
         return self.generator.push_to_hub(repo_id, prior=self.prior, **options)
 
     @property

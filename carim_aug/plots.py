@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from carim_aug.hub import NoduleGenerator
 from carim_aug.insertion import graft, resize
 from carim_aug.masks import as_size, boxes_to_masks, check_boxes
 from carim_aug.mix import SyntheticNoduleMix
 from carim_aug.placement import placed
 from carim_aug.plan import NO_BOXES, MixParams, Planner, Slot
 from carim_aug.prior import LocationPrior
+from carim_aug.protocol import Generator, is_generator
 from carim_aug.ranges import ValueRange
 from carim_aug.render import Renderer
 
@@ -33,7 +33,7 @@ _SYMMETRIC = ValueRange.of("symmetric")
 
 
 def contact_sheet(
-    source: SyntheticNoduleMix | tuple[NoduleGenerator, LocationPrior],
+    source: SyntheticNoduleMix | tuple[Generator, LocationPrior],
     real: Tensor | None = None,
     *,
     n: int = 6,
@@ -185,15 +185,15 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     picture.save(path, pnginfo=chunks)
 
 
-def _parts(source: Any) -> tuple[NoduleGenerator, LocationPrior]:
+def _parts(source: Any) -> tuple[Generator, LocationPrior]:
     if isinstance(source, SyntheticNoduleMix):
         return source.generator, source.prior
     if isinstance(source, tuple) and len(source) == 2:
         generator, prior = source
-        if isinstance(generator, NoduleGenerator) and isinstance(prior, LocationPrior):
+        if is_generator(generator) and isinstance(prior, LocationPrior):
             return generator, prior
     raise TypeError(
-        f"source must be a SyntheticNoduleMix or a pair (NoduleGenerator, LocationPrior), got {type(source).__name__}"
+        f"source must be a SyntheticNoduleMix or a pair of a generator and a LocationPrior, got {type(source).__name__}"
     )
 
 

@@ -89,6 +89,8 @@ class SyntheticPool:
         max_bytes: int | None = None,
     ) -> None:
         """Renders all entries once."""
+        if not isinstance(generator, NoduleGenerator):
+            raise TypeError(f"generator must be a NoduleGenerator, got {type(generator).__name__}")
         for name, value in (("size", size), ("reuse", reuse)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -1,11 +1,13 @@
 """What `SyntheticNoduleMix` asks of a generator, so that baselines and controls can stand in for the CARIM-cGAN."""
 
-from typing import Any, Protocol, runtime_checkable
+import inspect
+from typing import Any, Protocol
 
 from torch import Tensor
 
+_WANTED = ("image_size", "noise_dim", "weights_hash")
 
-@runtime_checkable
+
 class Generator(Protocol):
     """Noise and mask to chest X-rays in [-1, 1]."""
 
@@ -34,6 +36,13 @@ class Generator(Protocol):
         ...
 
 
+def is_generator(thing: Any) -> bool:
+    """Gives whether a thing has what `Generator` asks for, without working out its hash; a class is no generator."""
+    if isinstance(thing, type) or not callable(thing):
+        return False
+    return all(inspect.getattr_static(thing, name, None) is not None for name in _WANTED)
+
+
 def places_nodules(generator: Any) -> bool:
     """Gives whether a generator puts the nodule where the mask is: unless its attribute `places` says no, it does."""
     return bool(getattr(generator, "places", True))
@@ -46,3 +55,8 @@ def sees_hosts(generator: Any) -> bool:
     (B, 1, S, S) float, [-2, 2]; of all others a graft is G(z, C) - G(z, 0).
     """
     return callable(getattr(generator, "differences", None))
+
+
+def shows_real_films(generator: Any) -> bool:
+    """Gives whether a generator's whole images are real films, as its attribute `shows_real_films` says."""
+    return bool(getattr(generator, "shows_real_films", False))

@@ -148,5 +148,16 @@ class Renderer:
             if n < step and (self.compile or where.type == "cuda"):
                 z = torch.cat([z, z.new_zeros(step - n, z.shape[1])])
                 c = torch.cat([c, c.new_zeros(step - n, *c.shape[1:])])
-            images.append(generator(z.to(where, non_blocking=True), c.to(where, non_blocking=True))[:n])
+            made = generator(z.to(where, non_blocking=True), c.to(where, non_blocking=True))[:n]
+            if not isinstance(self.generator, MultiScaleGenerator):
+                self._check(made, n)
+            images.append(made)
         return torch.cat(images).to(device)
+
+    def _check(self, images: Tensor, n: int) -> None:
+        """Nothing, if another's generator keeps to the protocol."""
+        name, size = type(self.generator).__name__, self.generator.image_size
+        if tuple(images.shape) != (n, 1, size, size):
+            raise ValueError(f"{name} must give images ({n}, 1, {size}, {size}), got {tuple(images.shape)}")
+        if not bool((images.abs() <= 1 + 1e-3).all()):
+            raise ValueError(f"{name} must give images in [-1, 1], got {images.min():g} to {images.max():g}")

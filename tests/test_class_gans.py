@@ -8,11 +8,14 @@ import torch
 
 from carim_aug import LocationPrior, SyntheticNoduleMix, WeightsError
 from carim_aug.classgenerator import KINDS, ClassGenerator, ClassGeneratorConfig
+from carim_aug.controls import DrawnNodules
+from carim_aug.export import export
 from carim_aug.models.attention_cgan import AttentionDiscriminator, AttentionGenerator, SelfAttention
 from carim_aug.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from carim_aug.models.generator import ARCHITECTURES
 from carim_aug.models.pggan import ProgressiveDiscriminator, ProgressiveGenerator, batch_deviation, pixel_norm
-from carim_aug.protocol import Generator, places_nodules
+from carim_aug.pool import SyntheticPool
+from carim_aug.protocol import is_generator, places_nodules
 from train.baselines import MODELS, PRESETS, train_model
 from train.classgan import Rivals, Round, draw_round, grown, judging_losses, made_for, train_class_gan
 from train.films import read_films
@@ -103,7 +106,7 @@ def test_attention_is_at_32_pixels_in_generator_and_discriminators():
 class TestClassGenerators:
     def test_a_mask_means_a_class_and_its_place_means_nothing(self, kind):
         generator = untrained(kind)
-        assert isinstance(generator, Generator)
+        assert is_generator(generator)
         assert not places_nodules(generator)
         noise = torch.randn(2, generator.noise_dim)
         here, there = torch.zeros(2, 2, 1, 32, 32)
@@ -228,3 +231,38 @@ def test_config_names_what_does_not_fit():
         ClassGeneratorConfig("attention", architecture="huge")
     with pytest.raises(ValueError, match="image_size and noise_dim must be the architecture's, 128 and 100"):
         ClassGeneratorConfig("attention", 256, architecture="fast128")
+
+
+def test_a_strangers_generator_is_held_to_the_protocol():
+    class Stranger:
+        image_size, noise_dim, weights_hash = 32, 4, "0" * 64
+
+        def __init__(self, size: int, value: float) -> None:
+            self.size, self.value = size, value
+
+        def __call__(self, noise, masks):
+            return torch.full((len(noise), 1, self.size, self.size), self.value)
+
+    images, labels, prior = torch.zeros(2, 1, 40, 40), torch.zeros(2, dtype=torch.long), LocationPrior.bundled()
+    mixed = SyntheticNoduleMix(Stranger(32, 1.0), prior, p=1.0)(images, labels)[0]
+    assert bool((mixed == 1).all())
+    with pytest.raises(ValueError, match=r"Stranger must give images \(2, 1, 32, 32\), got \(2, 1, 16, 16\)"):
+        SyntheticNoduleMix(Stranger(16, 1.0), prior, p=1.0)(images, labels)
+    with pytest.raises(ValueError, match=r"Stranger must give images in \[-1, 1\], got 7 to 7"):
+        SyntheticNoduleMix(Stranger(32, 7.0), prior, p=1.0)(images, labels)
+    for wrong in (Stranger, object(), lambda noise, masks: masks):
+        with pytest.raises(TypeError, match="generator must be a NoduleGenerator or have image_size"):
+            SyntheticNoduleMix(wrong, prior)
+    with pytest.raises(TypeError, match="generator must be a NoduleGenerator to be pushed, got Stranger"):
+        SyntheticNoduleMix(Stranger(32, 1.0), prior).push_to_hub("user/name")
+
+
+def test_nodules_that_are_not_where_masks_are_go_into_no_export_and_no_pool(tmp_path):
+    mix = SyntheticNoduleMix(untrained("dcgan"), LocationPrior.bundled(), p=1.0)
+    with pytest.raises(ValueError, match="mix must have a generator that puts nodules where masks are"):
+        export(mix, tmp_path / "out", n=2)
+    films = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="shows no real films"):  # real films would go out under new patients' numbers
+        export(SyntheticNoduleMix(DrawnNodules(films), LocationPrior.bundled(), p=1.0), tmp_path / "out", n=2)
+    with pytest.raises(TypeError, match="generator must be a NoduleGenerator, got ClassGenerator"):
+        SyntheticPool(untrained("dcgan"), LocationPrior.bundled(), size=2)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,12 +63,22 @@ def official(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(official, templates, tmp_path_factory):
+def written(official, tmp_path_factory):
+    """The same with the split that keeps the source's test films from all recipes."""
+    root = tmp_path_factory.mktemp("written")
+    for path in official.iterdir():
+        (root / path.name).symlink_to(path)
+    write_split(root, test=6)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(written, templates, tmp_path_factory):
     """Two arms and two seeds of the tiny preset on the official layout, from a start of its own."""
     out = tmp_path_factory.mktemp("table2")
     preset = replace(TINY, split="source", test=6)
-    start = train_neutral(STARTS["tiny"], data=official, out=out / "start", split="source", test=6)
-    parts = read_parts(official, preset)
+    start = train_neutral(STARTS["tiny"], data=written, out=out / "start", split="source", test=6)
+    parts = read_parts(written, preset)
     sources = Sources(BUNDLED, BUNDLED, templates)
     for seed in range(2):
         for name in TINY.arms:
@@ -105,11 +116,13 @@ def test_counts_that_whole_patients_cannot_meet_are_refused():
         source_split(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 1, 1, 2, 2, 2]), test=2)
 
 
-def test_the_official_layout_is_read_by_the_sources_split(official):
-    train, test = (read_filmset(official, part, 32, split="source", test=6) for part in ("train", "test"))
+def test_the_official_layout_is_read_by_the_sources_split(official, written):
+    with pytest.raises(RunError, match="write split.csv first"):  # else generators would learn from test films
+        read_filmset(official, "test", 32, split="source", test=6)
+    train, test = (read_filmset(written, part, 32, split="source", test=6) for part in ("train", "test"))
     assert (len(test), sum(test.targets)) == (12, 6)
     assert not set(test.patients.tolist()) & set(train.patients.tolist())
-    everything = read_filmset(official, "train", 32, split="source", test=6, everything=True)
+    everything = read_filmset(written, "train", 32, split="source", test=6, everything=True)
     assert len(everything) > len(train)
     assert not set(test.patients.tolist()) & set(everything.patients.tolist())
 
@@ -163,7 +176,7 @@ def test_normal_films_are_drawn_by_the_seed(phantom_data):
         arm_batches("DS7@4", train, Sources(), batch=4, seed=0)
 
 
-@pytest.mark.parametrize("name", ["DS0", "DS4@", "DS4@-1", "DS4@many", "DS2@1"])
+@pytest.mark.parametrize("name", ["DS0", "DS4@", "DS4@-1", "DS4@nan", "DS4@inf", "DS4@many", "DS2@1"])
 def test_unknown_arms_are_refused(name):
     with pytest.raises(RunError, match="arms must be of"):
         parsed(name)
@@ -213,6 +226,7 @@ def test_a_run_of_other_settings_is_refused(trained, tmp_path):
         run_arm("DS2", parts, sources, other, start=start, out=out / "runs", seed=0)
     run_arm("DS2", parts, sources, other, start=start, out=tmp_path / "runs", seed=0)
     told = json.loads((out / "runs" / "DS5-0" / "result.json").read_text())
+    assert set(told["split_films"]) == {"train", "test"}
     (tmp_path / "runs" / "DS5-0").mkdir()
     (tmp_path / "runs" / "DS5-0" / "result.json").write_text(json.dumps(told))
     with pytest.raises(RunError, match="preset must be that of the other runs"):
@@ -246,6 +260,33 @@ def test_metrics_of_a_perfect_and_of_a_hopeless_classifier():
     assert half["accuracy"] == pytest.approx(0.75)
 
 
+def test_swept_arms_are_set_against_duplicates_of_their_own_count():
+    labels, patients = torch.tensor([0, 1] * 10), torch.arange(20)
+    stream = torch.Generator().manual_seed(0)
+    arms = {name: {0: torch.randn(20, generator=stream)} for name in ("DS2", "DS5", "DS5@4", "DS4@4", "DS4@1")}
+    pairs = {(row["arm"], row["reference"]) for row in comparisons(arms, labels, patients)}
+    assert pairs == {
+        ("DS5", "DS2"),
+        ("DS5@4", "DS2"),
+        ("DS4@4", "DS2"),
+        ("DS4@1", "DS2"),
+        ("DS4@4", "DS5@4"),  # DS4@1 has no run of duplicates of its count
+    }
+
+
+def test_rates_that_no_seed_defines_are_left_open():
+    labels, patients = torch.tensor([0, 0, 1, 1]), torch.arange(4)
+    told = metrics({0: torch.full((4,), -1.0), 1: torch.full((4,), -2.0)}, labels, patients)
+    assert math.isnan(told["precision"]) and told["specificity"] == 1.0
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused(phantom_data, tmp_path):
+    parts = {part: read_filmset(phantom_data, part, 32) for part in ("train", "val")}
+    preset = replace(TINY, training=replace(TINY.training, batch=64))
+    with pytest.raises(RunError, match="data must hold at least a batch of 64 films"):
+        run_arm("DS2", parts, Sources(), preset, start=None, out=tmp_path, seed=0)
+
+
 def test_comparisons_are_on_common_seeds_and_holm_is_within_a_reference():
     stream = torch.Generator().manual_seed(0)
     labels, patients = (torch.rand(60, generator=stream) < 0.4).long(), torch.arange(60)
@@ -273,12 +314,12 @@ def test_the_sources_tables_are_those_of_the_method():
     assert corrected_table2()["DS2"]["specificity"] == pytest.approx(0.4407, abs=2e-4)
 
 
-def test_counts_come_from_the_tables_alone(official, tmp_path):
+def test_counts_come_from_the_tables_alone(official, written, tmp_path):
     table = "Data_Entry_2017_v2020.csv"
     (tmp_path / table).write_bytes((official / table).read_bytes())
     parts = counted(tmp_path, split="source", test=6)
     assert (parts["test"]["normal"], parts["test"]["nodule"]) == (6, 6)
-    train = read_filmset(official, "train", 32, split="source", test=6)
+    train = read_filmset(written, "train", 32, split="source", test=6)
     assert parts["train"]["nodule"] == sum(train.targets)
     assert parts["train"]["normal"] + parts["train"]["nodule"] == len(train)
     text = told_counts(parts, ["DS1", "DS4@4", "DS7@4"])
@@ -287,20 +328,17 @@ def test_counts_come_from_the_tables_alone(official, tmp_path):
     assert "Not known" in text
 
 
-def test_the_written_split_keeps_the_test_films_from_every_recipe(official, tmp_path):
-    for path in official.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    write_split(tmp_path, test=6)
-    parts = {part: read_filmset(tmp_path, part, 32, everything=True) for part in ("train", "test")}
-    held = read_filmset(official, "test", 32, split="source", test=6)
+def test_the_written_split_keeps_the_test_films_from_every_recipe(official, written):
+    parts = {part: read_filmset(written, part, 32, everything=True) for part in ("train", "test")}
+    held = read_filmset(written, "test", 32, split="source", test=6)
     assert set(held.names) <= set(parts["test"].names)
     assert set(parts["test"].patients.tolist()) == set(held.patients.tolist())
-    counts = counted(tmp_path)
+    counts = counted(written)
     assert (counts["test"]["normal"], counts["test"]["nodule"]) == (6, 6)
     together = counted(official, split="source", test=6)["train"]
     assert counts["train"]["nodule"] + counts.get("val", {"nodule": 0})["nodule"] == together["nodule"]
     with pytest.raises(RunError, match=r"split.csv is there already"):
-        write_split(tmp_path, test=6)
+        write_split(written, test=6)
 
 
 def test_the_sources_data_sets_have_the_sources_counts():

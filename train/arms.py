@@ -3,8 +3,12 @@
 An arm is real films, and what `SyntheticNoduleMix` adds to them. Where an arm adds n nodules in real films (grafts,
 duplicates, controls), n real normal films more come with them, so that classes stay balanced; whole synthetic films
 come with n synthetic normal ones, as in the source. `DS4@1` is DS4 with as many synthetic nodules as real ones.
+
+One departure: the source's synthetic films are made once; here the n places of an epoch are filled anew in each, which
+is what the mix is for. So are those of the controls: DS5 draws its duplicates anew.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +85,7 @@ def parsed(name: str) -> tuple[Arm, float]:
         wanted = float(share) if at else SHARE
     except ValueError:
         wanted = -1.0
-    if known not in ARMS or wanted <= 0 or (at and not ARMS[known].source):
+    if known not in ARMS or not 0 < wanted < math.inf or (at and not ARMS[known].source):
         raise RunError(f"arms must be of {list(ARMS)}, those that add nodules perhaps with @SHARE, got {name!r}")
     return ARMS[known], wanted if ARMS[known].source else 0.0
 

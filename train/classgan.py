@@ -4,6 +4,7 @@ Each by its own authors' losses: logistic for DCGAN; Wasserstein with gradient p
 PGGAN, fading in one size after the other; eq. 3 and 4 of the source, on classes, for the attention cGAN. Common to all,
 so that they can be compared with our CARIM-cGAN: the films, the batch, DiffAugment (a number of the preset), a moving
 average of the weights, and the count of real images shown. Everything random is keyed by (seed, images seen).
+Departures: PGGAN's Adam goes on when a size is added, and its class joins the noise after the norm.
 """
 
 import io

@@ -27,8 +27,8 @@ from train.finetune import FinetunePreset, finetune, scores_of
 from train.presets import changed
 from train.run import Run, RunError, TrainingError, git_commit, write_whole
 
-SWEPT = tuple(f"{arm}@{share}" for arm in ("DS4-graft", "DS4") for share in ("0.1", "1", "4"))
-"""Synthetic nodules from a tenth to four times the real ones; 0.35 is DS4 itself."""
+SWEPT = tuple(f"{arm}@{share}" for share in ("0.1", "1", "4") for arm in ("DS4-graft", "DS4", "DS5"))
+"""Synthetic nodules from a tenth to four times the real ones, and duplicates at the same count; 0.35 is DS4 itself."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def run_arm(
         "preset": {**asdict(preset), "arms": None, "seeds": None},
         "start": None if begun is None else begun.weights_hash,
         "weights": sources.hashes(arm),
+        "split_films": {part: names_digest(films) for part, films in parts.items()},
         "bf16": bf16,
     }
     run = Run(Path(out) / f"{name}-{seed}", json.loads(json.dumps(recipe)), keep=1)
@@ -114,7 +115,6 @@ def run_arm(
     )
     classifier = finetune(classifier, epochs, training, run, seed=seed, device=device, bf16=bf16)
     told: dict[str, Any] = {**recipe, "counts": counts, "git_commit": git_commit(), "films": {}}
-    told["train_films"] = hashlib.sha256("\n".join(parts["train"].names).encode()).hexdigest()
     for part in ("val", "test"):
         if part in parts:
             films = parts[part]
@@ -131,6 +131,11 @@ def run_arm(
     for checkpoint in run.checkpoints():
         checkpoint.unlink()
     return told
+
+
+def names_digest(films: FilmSet) -> str:
+    """Gives the SHA-256 of films' names, as hex: the split that a run was made with."""
+    return hashlib.sha256("\n".join(films.names).encode()).hexdigest()
 
 
 def read_parts(data: str | Path, preset: DownstreamPreset) -> dict[str, FilmSet]:
@@ -191,12 +196,13 @@ def main() -> None:
         preset = replace(preset, training=changed(preset.training, options.set))
         preset = preset if options.test_films is None else replace(preset, test=options.test_films)
         names, seeds = options.arms or preset.arms, options.seeds or range(preset.seeds)
-        for name in names:
-            parsed(name)
         sources = Sources(options.without, options.full, options.ct_nodules)
+        counts = counted(options.data, split=preset.split, test=preset.test)
         if options.counts:
-            print(told_counts(counted(options.data, split=preset.split, test=preset.test), names))
+            print(told_counts(counts, names))
             return
+        for name in names:  # before anything is trained
+            arm_counts(name, counts["train"]["normal"], counts["train"]["nodule"])
         parts = read_parts(options.data, preset)
         where = {"start": options.start, "out": options.out, "device": options.device}
         for seed in seeds:

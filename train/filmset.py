@@ -67,7 +67,9 @@ def source_split(targets: np.ndarray, patients: np.ndarray, *, test: int = SOURC
 
     The source does not say which of its 60,361 normal and 6,331 nodule films were its 633 + 633 test films, nor that
     patients were kept apart. Here whole patients are drawn until the counts are met to the film, so that of the full
-    data set 59,728 and 5,698 are left to train; which films they are is ours.
+    data set 59,728 and 5,698 are left to train; which films they are is ours. A tenth of the nodule films but a
+    hundredth of the normal ones are tested on, and patients with a nodule bring their normal films: so more of the test
+    split's normal films are of such patients than of the train split's.
 
     Args:
         targets: (N,) 1 nodule, 0 normal; only such films.
@@ -191,6 +193,11 @@ def read_filmset(
     if split == "source":
         held = np.array(source_split(nodule[kept], data.patients[kept], test=test))
         tested = np.isin(data.patients, data.patients[kept][held == "test"])
+        if np.isin(ChestXray14(root, split="train").patients, data.patients[tested]).any():
+            raise RunError(
+                f"{root}: its train split, which generators learn from, must hold no patient that the source's counts "
+                "put to test: write split.csv first (python -m train.filmset --data FOLDER)"
+            )
         kept = (tested == (part == "test")) & (kept | everything)
     else:
         kept = kept | everything

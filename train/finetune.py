@@ -19,7 +19,7 @@ from tqdm import tqdm
 from carim_aug.keys import fold
 from carim_aug.models.classifier import ChestClassifier
 from train.labelled import scaled, turned
-from train.run import PATIENCE, Run, TrainingError
+from train.run import PATIENCE, Run, RunError, TrainingError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Films (B, 1, S, S) uint8 and targets (B,) or (B, F), one epoch of them."""
@@ -68,12 +68,13 @@ def finetune(
         bf16: bfloat16 where autocast finds it safe.
 
     Raises:
+        RunError: fewer films than a batch.
         TrainingError: losses are not finite.
     """
     where = torch.device(device)
     classifier = classifier.to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), preset.learning_rate, weight_decay=preset.weight_decay)
-    seen, epoch, done, row = 0, 0, 0, 0
+    seen, epoch, done, row, shown = 0, 0, 0, 0, 0
     state = run.load()
     if state is not None:
         seen, epoch, done = state["images_seen"], state["epoch"], state["done"]
@@ -109,15 +110,18 @@ def finetune(
                 if row == 0:
                     optimizer.step()
                 total += loss.detach() * len(films)
+                shown += len(films)
                 before, seen, done = seen, seen + len(films), number + 1
                 bar.update(len(films))
                 if seen // preset.snapshot_images > before // preset.snapshot_images and seen < preset.images:
                     kept = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
                     run.save({**kept, "images_seen": seen, "epoch": epoch, "done": done}, seen)
             else:
-                run.log(images=seen, epoch=epoch, loss=float(total) / max(done, 1) / preset.batch)
+                if not done:
+                    raise RunError(f"data must hold at least a batch of {preset.batch} films, got fewer")
+                run.log(images=seen, epoch=epoch, loss=float(total) / max(shown, 1))
                 total.zero_()
-                epoch, done = epoch + 1, 0
+                epoch, done, shown = epoch + 1, 0, 0
     return classifier.eval()
 
 

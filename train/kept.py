@@ -42,8 +42,10 @@ CODE: dict[str, tuple[str, ...]] = {
         "../carim_aug/evaluation/pairs.py",
         "../carim_aug/evaluation/psnr.py",
         "../carim_aug/cam.py",
+        "../carim_aug/classgenerator.py",
         "../carim_aug/compiled.py",
         "../carim_aug/masks.py",
+        "../carim_aug/models/*.py",
     ),
     "speed": (
         "throughput.py",

@@ -324,6 +324,9 @@ def of_source(
     figures: dict[str, Any] = {}
     if options.table1:
         models = Models.read(options.table1, weights, full=options.figures_of)
+        for pair in options.classifiers:
+            if "=" not in pair:
+                raise ValueError(f"--classifiers must be NAME=FILE each, got {pair!r}")
         classifiers = dict(pair.split("=", 1) for pair in options.classifiers)
         figures |= of_models(
             models, real.films, real.held_out, kept, preset, encoders=options.encoders, classifiers=classifiers

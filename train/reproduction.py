@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from carim_aug.models.classifier import ChestClassifier
-from carim_aug.prior import LocationPrior
+from carim_aug.prior import BUNDLED, LocationPrior
 from train.activation import COMPARISONS, activation_inside, histograms
 from train.baselines import MODELS
 from train.classifier import LabelledFilms
@@ -59,11 +59,13 @@ class Models:
     Attributes:
         generators: by name.
         priors: by name.
+        prior_files: by name.
         full: which of them Figures 4 to 7 are of.
     """
 
     generators: dict[str, Any]
     priors: dict[str, LocationPrior]
+    prior_files: dict[str, Path]
     full: str
 
     @classmethod
@@ -89,14 +91,13 @@ class Models:
         if not paths:
             raise ValueError(f"--table1 must be a folder of train.baselines with trained models, got {folder}")
         paths |= more or {}
-        generators, priors = {}, {}
-        for name, path in paths.items():
-            generators[name] = load_model(path)
-            beside = Path(path) / "prior.safetensors" if path else None
-            priors[name] = LocationPrior.load(beside) if beside and beside.exists() else LocationPrior.bundled()
+        files = {name: Path(path) / "prior.safetensors" if path else BUNDLED for name, path in paths.items()}
+        files = {name: path if path.exists() else BUNDLED for name, path in files.items()}
+        generators = {name: load_model(path) for name, path in paths.items()}
+        priors = {name: LocationPrior.load(path) for name, path in files.items()}
         if full not in generators:
             raise ValueError(f"--figures-of must be one of {list(generators)}, got {full!r}")
-        return cls(generators, priors, full)
+        return cls(generators, priors, files, full)
 
 
 def of_models(
@@ -124,7 +125,7 @@ def of_models(
     files = digest_of(sorted(Path(encoders).glob("*.safetensors")))
 
     def keep(name: str, model: str, compute: Callable[[], Any], **settings: Any) -> Any:
-        told = {"weights": models.generators[model].weights_hash, "prior": models.priors[model].description}
+        told = {"weights": models.generators[model].weights_hash, "prior": digest_of([models.prior_files[model]])}
         return kept.figure(name, compute, code="reproduction", **told, **settings)
 
     for name, generator in models.generators.items():
@@ -272,9 +273,7 @@ def _activations(figures: Mapping[str, Any]) -> dict[str, tuple[str, list[Row]]]
             test = f["tests"][comparison]
             cells = [name, comparison, str(test["n"]), spanned(test)]
             rows.append([*cells, *(number(test[k]) for k in ("t", "p", "cohens_d", "above"))])
-        rows.append(
-            [name, "dead maps, with and without a nodule", str(figures["n"]), spanned(f["dead"]), "", "", "", ""]
-        )
-        rows[-1][4] = spanned(f["dead_without"])
+        for what, dead in (("with", "dead"), ("without", "dead_without")):
+            rows.append([name, f"share of dead maps, {what} a nodule", str(figures["n"]), spanned(f[dead]), *["-"] * 4])
     title = "Figure 7: class activation in the mask, paired t-test (source: inside above outside, p < 0.001)"
-    return {title: ("classifier|comparison|films|mean difference|t|p|Cohen's d|share above 0", rows)}
+    return {title: ("classifier|comparison|films|mean difference, or share|t|p|Cohen's d|share above 0", rows)}

@@ -163,8 +163,10 @@ def table1_text(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         + f". PSNR: mean over all pairs with {n['real']} held-out normal films, and {n['crops']} crops of 50 x 50 at "
         f"256 px about held-out boxes; the source's are {SOURCE_OFFSET_DB:.2f} dB too high, for a peak of 255 on "
         "images in [0, 1]. Between images that are no pairs it says little: a blurred film has a higher one. Of class-"
-        "conditional models the crop is where a mask was, which they do not see. FIDs are of our encoders, not of "
-        "Inception: set them beside the floor, not beside the source's."
+        "conditional models the crop is where a mask was, which they do not see. CARIM-cGANs of smaller presets have "
+        "our extensions (crops, differences, CT nodules superimposed on normal films), the others do not; a model is "
+        "the last of its run. FIDs are of our encoders, not of Inception: set them beside the floor, not beside the "
+        "source's."
     )
     parts = ["## Table 1: realism of the five models", text]
     for title, (header, cells) in table1_rows(rows).items():

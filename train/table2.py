@@ -6,6 +6,7 @@ family of their own (Holm).
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from train.run import RunError
 from train.tables import Row, number, table
 
 REFERENCES = ("DS2", "DS5")
-"""What arms are set against: no augmentation, and the same count of duplicated real films."""
+"""What arms are set against: no augmentation, and duplicated real films, as many where there is such a run."""
 
 SPECIFICITY = 0.9
 """At which the sensitivity is told."""
@@ -40,12 +41,20 @@ def read_runs(folder: str | Path) -> dict[str, dict[int, dict[str, Any]]]:
     """
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     first: dict[str, Any] | None = None
+    used: dict[str, str] = {}
     for path in sorted(Path(folder).glob("*/result.json")):
         told = json.loads(path.read_text())
         first = first or told
-        for name in ("preset", "start", "bf16"):
-            if told[name] != first[name]:
-                raise RunError(f"{path}: {name} must be that of the other runs, {first[name]}, got {told[name]}")
+        for name in ("preset", "start", "bf16", "split_films"):
+            if told.get(name) != first.get(name):
+                raise RunError(
+                    f"{path}: {name} must be that of the other runs, {first.get(name)}, got {told.get(name)}"
+                )
+        for source, weights in told["weights"].items():
+            if used.setdefault(source, weights) != weights:
+                raise RunError(
+                    f"{path}: weights {source!r} must be those of the other runs, {used[source]}, got {weights}"
+                )
         for part, films in told["films"].items():
             if films["names"] != first["films"].get(part, {}).get("names"):
                 raise RunError(f"{path}: its {part} films must be those of the other runs")
@@ -110,7 +119,7 @@ def metrics(scores: Mapping[int, Tensor], labels: Tensor, patients: Tensor) -> d
     areas = [roc_auc(s, labels) for s in scores.values()]
     area = paired_bootstrap(together, together, labels, patients, generator=stream, draws=DRAWS)
     each = [rates(s, labels, threshold=0.0, weights=weights) for s in scores.values()]
-    told = {name: statistics.fmean(getattr(r, name) for r in each) for name in RATES if name != "auc"}
+    told = {name: mean_of([getattr(r, name) for r in each]) for name in RATES if name != "auc"}
     return {
         "seeds": list(scores),
         "auc": {"value": area.auc_a, "low": area.interval_a[0], "high": area.interval_a[1]},
@@ -121,23 +130,30 @@ def metrics(scores: Mapping[int, Tensor], labels: Tensor, patients: Tensor) -> d
     }
 
 
+def mean_of(values: list[float]) -> float:
+    """Gives the mean of those that are defined, NaN if none is."""
+    defined = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(defined) if defined else math.nan
+
+
 def comparisons(scores: Mapping[str, Mapping[int, Tensor]], labels: Tensor, patients: Tensor) -> list[dict[str, Any]]:
     """Gives every arm against the references, on the seeds that both have."""
     told = []
     for reference in REFERENCES:
         family = []
         for name in scores:
-            seeds = sorted(set(scores[name]) & set(scores.get(reference, {})))
-            if name == reference or not seeds or (reference == "DS5" and not parsed(name)[0].source):
+            other = control_of(name, reference)
+            seeds = sorted(set(scores[name]) & set(scores.get(other, {})))
+            if name == other or not seeds or (reference == "DS5" and not parsed(name)[0].source):
                 continue
-            a, b = (torch.stack([scores[arm][s] for s in seeds]) for arm in (name, reference))
+            a, b = (torch.stack([scores[arm][s] for s in seeds]) for arm in (name, other))
             stream = torch.Generator().manual_seed(fold(0, 31))
             found = paired_bootstrap(a, b, labels, patients, generator=stream, draws=DRAWS)
             test = delong(a.mean(dim=0), b.mean(dim=0), labels)
             family.append(
                 {
                     "arm": name,
-                    "reference": reference,
+                    "reference": other,
                     "seeds": seeds,
                     "difference": {"value": found.difference, "low": found.interval[0], "high": found.interval[1]},
                     "p": found.p,
@@ -145,11 +161,18 @@ def comparisons(scores: Mapping[str, Mapping[int, Tensor]], labels: Tensor, pati
                 }
             )
         for name in ("p", "delong"):
-            adjusted = holm([row[name] if name == "p" else row[name]["p"] for row in family])
-            for row, p in zip(family, adjusted, strict=True):
-                row[f"{name}_holm"] = p
+            found = [row[name] if name == "p" else row[name]["p"] for row in family]
+            adjusted = iter(holm([p for p in found if math.isfinite(p)]))
+            for row, p in zip(family, found, strict=True):
+                row[f"{name}_holm"] = next(adjusted) if math.isfinite(p) else math.nan
         told += family
     return told
+
+
+def control_of(name: str, reference: str) -> str:
+    """Gives the run that an arm is set against: of duplicates, those of the arm's own count."""
+    share = name.partition("@")[2]
+    return f"{reference}@{share}" if reference == "DS5" and share else reference
 
 
 def table2_rows(figures: Mapping[str, Any]) -> dict[str, tuple[str, list[Row]]]:
@@ -165,7 +188,7 @@ def table2_rows(figures: Mapping[str, Any]) -> dict[str, tuple[str, list[Row]]]:
                 str(len(f["seeds"])),
                 span(f["auc"]),
                 "-" if f["auc_deviation"] is None else f"{f['auc_deviation']:.3f}",
-                *(f"{f[k]:.3f}" for k in ("sensitivity_at", *RATES[:-1])),
+                *(f"{f[k]:.3f}" if math.isfinite(f[k]) else "-" for k in ("sensitivity_at", *RATES[:-1])),
             ]
         )
     against = [
@@ -205,8 +228,9 @@ def table2_text(figures: Mapping[str, Any]) -> list[str]:
         f"{films['normal']} normal and {films['nodule']} nodule {figures['part']} films of {films['patients']} "
         "patients. AUC: area under the curve, mean over seeds, 95 % interval over patients and seeds. Rates: at "
         "probability 0.5, normal films weighed so that both classes count alike, as in the source's 633 + 633. "
-        "Differences: paired over films and seeds. The source's AUC is a mean of two rates and no area; its "
-        "DS1 fits no test set of two halves."
+        "Differences: paired over films and seeds. DS2 has fewer normal films than arms with grafts or duplicates, "
+        "whose like is DS5. Intervals do not cover another training of the generator or of the start. The source's AUC "
+        "is a mean of two rates and no area; its DS1 fits no test set of two halves."
     )
     parts = ["## Table 2: what synthetic nodules do for a classifier", text]
     for title, (header, rows) in table2_rows(figures).items():
