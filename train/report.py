@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -351,6 +351,8 @@ def prior_of(folder: str | None) -> LocationPrior:
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Computes what is missing, writes all three files, and gives the figures."""
     started, out, preset = time.monotonic(), Path(options.out), PRESETS[options.preset]
+    if options.maps is not None:
+        preset = replace(preset, reproduction=replace(preset.reproduction, maps=options.maps))
     for kind in KINDS:
         if not (Path(options.encoders) / f"{kind}.safetensors").exists():
             raise ValueError(
@@ -404,6 +406,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--classifier", help="file of the classifier whose maps are looked at")
     parser.add_argument("--table1", help="folder of train.baselines: Table 1 and Figures 3 to 7")
     parser.add_argument("--figures-of", default="carim", help="model of Figures 4 to 7, by its name in Table 1")
+    parser.add_argument("--maps", type=int, help="nodule films of Figure 7, in place of the source's 2,000")
     parser.add_argument("--table2", help="folder of train.downstream: Table 2")
     parser.add_argument("--table2-part", default="test", choices=("val", "test"), help="films of Table 2")
     parser.add_argument(
