@@ -167,7 +167,7 @@ def test_boxes_of_a_larger_image_are_named(size, times, x, y, at_right):
 def test_what_is_no_generator_or_prior_is_named(thing, as_generator):
     if as_generator:
         assume(thing is not generator())
-        with pytest.raises(TypeError, match="generator must be a NoduleGenerator, got "):
+        with pytest.raises(TypeError, match="generator must be a NoduleGenerator or have image_size"):
             SyntheticNoduleMix(thing, prior())
     else:
         assume(thing is not prior())

@@ -239,7 +239,7 @@ def test_a_layout_that_is_none_is_named_with_the_first_batch():
 
 
 def test_no_generator_or_prior_is_named():
-    with pytest.raises(TypeError, match="generator must be a NoduleGenerator, got Linear"):
+    with pytest.raises(TypeError, match="generator must be a NoduleGenerator or have image_size.*got Linear"):
         SyntheticNoduleMix(torch.nn.Linear(1, 1), prior())
     with pytest.raises(TypeError, match="prior must be a LocationPrior, got str"):
         SyntheticNoduleMix(generator(), "prior")

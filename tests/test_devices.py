@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _train(processes, phantom_data, templates, folder, images=32):
-    command = [sys.executable, "-m", "tests.two_processes", phantom_data, templates, folder / f"run{processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # By its path: torch-fidelity installs a package of the name `tests`, which -m would find first.
+    command = [sys.executable, ROOT / "tests" / "two_processes.py", phantom_data, templates, folder / f"run{processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*map(str, command), str(processes), str(images)],
         cwd=ROOT,
