@@ -16,7 +16,7 @@ from PIL import Image
 from carim_aug.checkpoint import BUNDLED
 from carim_aug.data.phantom import phantom_chest
 from train.arms import ARMS, SHARE, Sources, arm_batches, arm_counts, parsed, real_films
-from train.downstream import PRESETS, SWEPT, read_parts, run_arm, told_counts
+from train.downstream import PRESETS, SWEPT, possible, read_parts, run_arm, told_counts
 from train.filmset import FilmSet, counted, read_filmset, source_split, write_split
 from train.neutral import PRESETS as STARTS
 from train.neutral import train_neutral
@@ -189,6 +189,13 @@ def test_what_an_arm_needs_is_asked_for_by_name(phantom_data):
             arm_batches(name, train, Sources(), batch=4, seed=0)
 
 
+def test_arms_of_a_preset_that_lack_something_are_left_out_and_said(capsys):
+    assert possible(["DS2", "DS8", "DS5"], Sources(), asked=False) == ["DS2", "DS5"]
+    assert "DS8 is left out, for --ct-nodules was not given" in capsys.readouterr().out
+    with pytest.raises(RunError, match="ct_nodules must be given for DS8"):
+        possible(["DS2", "DS8"], Sources(), asked=True)
+
+
 def test_runs_repeat_themselves_to_the_last_digit_and_other_seeds_differ(trained, tmp_path):
     out, preset, parts, sources, start = trained
     kept = read_runs(out / "runs")
@@ -356,7 +363,7 @@ def test_the_command_runs_the_official_layout_and_names_what_is_missing(official
     base = [sys.executable, "-m", "train.downstream", "--preset", "tiny", "--data", str(official)]
     done = subprocess.run([*base, "--arms", "DS4", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: full must be given for this arm" in done.stderr
+    assert "error: full must be given for DS4 (--full), got None" in done.stderr
     done = subprocess.run(
         [*base, "--arms", "DS2", "--seeds", "3", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )

@@ -104,6 +104,11 @@ class Sources:
     full: str | Path | None = None
     ct_nodules: str | Path | None = None
 
+    def lacking(self, arm: Arm) -> str | None:
+        """Gives the name of what an arm needs and was not given, or None."""
+        name = {"without": "without", "full": "full", "ct": "ct_nodules"}.get(arm.source)
+        return name if name is not None and getattr(self, name) is None else None
+
     def hashes(self, arm: Arm) -> dict[str, str]:
         """Gives the hash of the weights that an arm uses."""
         if arm.source not in ("without", "full"):
@@ -120,6 +125,8 @@ class Sources:
         Raises:
             RunError: what the arm needs was not given.
         """
+        if (missing := self.lacking(arm)) is not None:
+            raise RunError(f"{missing} must be given for this arm (--{missing.replace('_', '-')}), got None")
         nodule = train.findings[:, NODULE] > 0
         normal, bundled = train.images[~nodule], LocationPrior.bundled()
         if arm.source in ("without", "full"):
@@ -129,9 +136,7 @@ class Sources:
             return DuplicatedFilms(normal, train.images[nodule]), bundled
         if arm.source == "drawn":
             return DrawnNodules(normal), bundled
-        if arm.source == "ct":
-            if self.ct_nodules is None:
-                raise RunError("ct_nodules must be given for DS8 (--ct-nodules FILE), got None")
+        if arm.source == "ct" and self.ct_nodules is not None:
             return SuperimposedNodules(normal, CTNodules(self.ct_nodules)), bundled
         boxed = [i for i, boxes in enumerate(train.boxes) if len(boxes)]
         if not boxed:
@@ -146,7 +151,7 @@ class Sources:
     def _trained(self, which: str) -> tuple[Any, LocationPrior]:
         folder = self.without if which == "without" else self.full
         if folder is None:
-            raise RunError(f"{which} must be given for this arm (--{which} FOLDER of weights), got None")
+            raise RunError(f"{which} must be given for this arm (--{which}), got None")
         beside = Path(folder) / "prior.safetensors"
         return load_model(folder), LocationPrior.load(beside) if beside.exists() else LocationPrior.bundled()
 

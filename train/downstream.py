@@ -146,6 +146,29 @@ def read_parts(data: str | Path, preset: DownstreamPreset) -> dict[str, FilmSet]
     }
 
 
+def possible(names: Sequence[str], sources: Sources, *, asked: bool) -> list[str]:
+    """Gives the arms that have what they need; tells of the others.
+
+    Args:
+        names: of arms.
+        sources: what was given.
+        asked: whether the arms were named one by one, and none may be left out.
+
+    Raises:
+        RunError: an arm that was asked for lacks something.
+    """
+    kept = []
+    for name in names:
+        missing = sources.lacking(parsed(name)[0])
+        if missing is None:
+            kept.append(name)
+        elif asked:
+            raise RunError(f"{missing} must be given for {name} (--{missing.replace('_', '-')}), got None")
+        else:
+            print(f"{name} is left out, for --{missing.replace('_', '-')} was not given")
+    return kept
+
+
 def told_counts(parts: dict[str, dict[str, int]], names: Sequence[str]) -> str:
     """Gives the counts of every data set, and what of the source's cannot be known.
 
@@ -197,6 +220,8 @@ def main() -> None:
         preset = preset if options.test_films is None else replace(preset, test=options.test_films)
         names, seeds = options.arms or preset.arms, options.seeds or range(preset.seeds)
         sources = Sources(options.without, options.full, options.ct_nodules)
+        if not options.counts:
+            names = possible(names, sources, asked=options.arms is not None)
         counts = counted(options.data, split=preset.split, test=preset.test)
         if options.counts:
             print(told_counts(counts, names))
