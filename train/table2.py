@@ -17,7 +17,8 @@ from torch import Tensor
 
 from carim_aug.evaluation.comparison import holm, paired_bootstrap
 from carim_aug.evaluation.delong import delong
-from carim_aug.evaluation.rates import balanced_weights, rates, roc_auc, sensitivity_at
+from carim_aug.evaluation.patches import auc
+from carim_aug.evaluation.rates import balanced_weights, rates, sensitivity_at
 from carim_aug.keys import fold
 from train.arms import parsed
 from train.published import RATES, TABLE2, corrected_table2
@@ -116,7 +117,7 @@ def metrics(scores: Mapping[int, Tensor], labels: Tensor, patients: Tensor) -> d
     """
     weights, together = balanced_weights(labels), torch.stack(list(scores.values()))
     stream = torch.Generator().manual_seed(fold(0, 30))
-    areas = [roc_auc(s, labels) for s in scores.values()]
+    areas = [float(auc(s[labels == 1], s[labels == 0])) for s in scores.values()]
     area = paired_bootstrap(together, together, labels, patients, generator=stream, draws=DRAWS)
     each = [rates(s, labels, threshold=0.0, weights=weights) for s in scores.values()]
     told = {name: mean_of([getattr(r, name) for r in each]) for name in RATES if name != "auc"}

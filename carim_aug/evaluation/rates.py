@@ -87,25 +87,6 @@ def balanced_weights(labels: Tensor) -> Tensor:
     return torch.where(nodule, torch.ones_like(ratio), ratio)
 
 
-def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Gives the area under the ROC curve: how often a nodule film scores above a normal one, ties counting half.
-
-    Args:
-        scores: (N,) float, higher is surer of a nodule.
-        labels: (N,) bool, or int in {0, 1}: 1 is a nodule.
-
-    Returns:
-        A float in [0, 1].
-
-    Raises:
-        ValueError: scores or labels that do not fit, or labels of one class only.
-    """
-    scores, nodule = _checked(scores, labels, both=True)
-    positive, normal = scores[nodule], scores[~nodule].sort().values
-    wins = torch.searchsorted(normal, positive) + torch.searchsorted(normal, positive, right=True)
-    return (wins.double().mean() / (2 * len(normal))).item()
-
-
 def sensitivity_at(scores: Tensor, labels: Tensor, *, specificity: float = 0.9) -> float:
     """Gives the largest sensitivity that any threshold reaches with at least the specificity asked.
 
@@ -120,7 +101,7 @@ def sensitivity_at(scores: Tensor, labels: Tensor, *, specificity: float = 0.9) 
         A float in [0, 1]; 0 where every threshold that finds a nodule is below the specificity asked.
 
     Raises:
-        ValueError: as in `roc_auc`, or a specificity out of range.
+        ValueError: scores or labels that do not fit, labels of one class only, or a specificity out of range.
     """
     scores, nodule = _checked(scores, labels, both=True)
     if not 0 <= specificity <= 1:
