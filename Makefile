@@ -47,17 +47,17 @@ thesis := usual chexnet
 tiny := tiny tiny
 FILMS = --data "$(DATA)"
 reproduce: setup
-	test "$(SET)" != thesis || test -f "$(DATA)/split.csv" || $(BIN)/python -m train.filmset $(FILMS)
-	$(BIN)/python -m train.encoders $(FILMS) --preset $(word 1,$($(SET))) --out $(RUNS)/encoders
+	test "$(SET)" != thesis || test -f "$(DATA)/split.csv" || $(BIN)/python -m train.common.splits $(FILMS)
+	$(BIN)/python -m train.classifier.encoders $(FILMS) --preset $(word 1,$($(SET))) --out $(RUNS)/encoders
 	$(BIN)/python -m train.classifier $(FILMS) $(CT) --preset $(word 2,$($(SET))) --out $(RUNS)/chexnet
 	$(BIN)/python -m train.classifier $(FILMS) --preset $(word 2,$($(SET))) --seed 1 --out $(RUNS)/unseen \
 		--set nodules=0.0 superimposed=0.0 map_weight=0.0
-	$(BIN)/python -m train.baselines $(FILMS) $(CT) --preset $(SET) --classifier $(RUNS)/chexnet/classifier.safetensors \
+	$(BIN)/python -m train.reproduction.baselines $(FILMS) $(CT) --preset $(SET) --classifier $(RUNS)/chexnet/classifier.safetensors \
 		--out $(RUNS)/table1
-	$(BIN)/python -m train.neutral $(FILMS) --preset $(SET) --out $(RUNS)/start
-	$(BIN)/python -m train.downstream $(FILMS) $(CT) --preset $(SET) --start $(RUNS)/start/classifier.safetensors \
+	$(BIN)/python -m train.reproduction.table2.start $(FILMS) --preset $(SET) --out $(RUNS)/start
+	$(BIN)/python -m train.reproduction.table2 $(FILMS) $(CT) --preset $(SET) --start $(RUNS)/start/classifier.safetensors \
 		--without $(RUNS)/table1/carim-without/export --full $(RUNS)/table1/carim/export --out $(RUNS)/table2
-	$(BIN)/python -m train.report $(FILMS) --preset $(word 1,$($(SET))) --sections reproduction --test $(PART) \
+	$(BIN)/python -m train.reproduction.report $(FILMS) --preset $(word 1,$($(SET))) --sections reproduction --test $(PART) \
 		--encoders $(RUNS)/encoders --table1 $(RUNS)/table1 --table2 $(RUNS)/table2 --table2-part $(PART) \
 		--classifiers carim=$(RUNS)/chexnet/classifier.safetensors \
 		unseen=$(RUNS)/unseen/classifier.safetensors --out $(RUNS)/report

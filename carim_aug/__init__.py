@@ -8,20 +8,20 @@ Research use; not a medical device.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from carim_aug.gate import Gate, GateError, cam_gate, contrast_gate, probability_gate
-from carim_aug.guard import SyntheticDataError, assert_real_only
-from carim_aug.hub import NoduleGenerator, WeightsError
-from carim_aug.labels import LabelError, LabelPolicy
-from carim_aug.layouts import ImageError, LayoutError
-from carim_aug.loader import MixLoader
-from carim_aug.mix import SyntheticNoduleMix
-from carim_aug.narrowed import NarrowedPrior
-from carim_aug.plan import MixParams, Slot
-from carim_aug.pool import PoolError, SyntheticPool
-from carim_aug.prior import LocationPrior, PriorError
-from carim_aug.ranges import Normalization, RangeError, ValueRange
-from carim_aug.render import WorkerDeviceError
-from carim_aug.schedules import CosineSchedule, LinearSchedule
+from carim_aug.generators.pretrained import NoduleGenerator, WeightsError
+from carim_aug.generators.render import WorkerDeviceError
+from carim_aug.labels.policy import LabelError, LabelPolicy
+from carim_aug.labels.sample import ImageError, LayoutError
+from carim_aug.location.prior import LocationPrior, PriorError
+from carim_aug.location.restricted import NarrowedPrior
+from carim_aug.ops.value_range import Normalization, RangeError, ValueRange
+from carim_aug.transforms.gate import Gate, GateError, cam_gate, contrast_gate, probability_gate
+from carim_aug.transforms.guard import SyntheticDataError, assert_real_only
+from carim_aug.transforms.loader import MixLoader
+from carim_aug.transforms.mix import SyntheticNoduleMix
+from carim_aug.transforms.plan import MixParams, Slot
+from carim_aug.transforms.pool import PoolError, SyntheticPool
+from carim_aug.transforms.schedules import CosineSchedule, LinearSchedule
 
 try:
     __version__ = version("carim-aug")

@@ -2,7 +2,7 @@
 
 import sys
 
-from carim_aug.cli import main
+from carim_aug.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
     python examples/balancing.py --data FOLDER --full runs/stage2/export      # without --data: drawn phantoms
 
-Prints one AUC a data set, of one short run each: seeds, intervals and more controls are in `train.downstream`.
+Prints one AUC a data set, of one short run each: seeds, intervals and more controls are in `train.reproduction.table2.training`.
 """
 
 import argparse

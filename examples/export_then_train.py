@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from carim_aug import SyntheticDataError, SyntheticNoduleMix, assert_real_only
 from carim_aug.data import ChestXray14, PhantomChest
-from carim_aug.export import export
+from carim_aug.tools.export import export
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", help="folder in ChestX-ray14's layout")

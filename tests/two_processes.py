@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from train import gan
-from train.presets import PRESETS
+from train.gan import training as gan
+from train.gan.presets import PRESETS
 
 torch.set_num_threads(1)
 

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 
 from carim_aug.data.errors import DataError
-from carim_aug.hub import NoduleGenerator, WeightsError
-from carim_aug.models.classifier import ChestClassifier
-from carim_aug.prior import LocationPrior
-from train.classifier import train_classifier
-from train.encoders import PRESETS as ENCODERS
-from train.encoders import train_encoders
-from train.figures import FigurePreset, matched_pairs, one_mask
-from train.gan import peak_memory, train_gan
-from train.presets import CLASSIFIERS, PRESETS, changed
-from train.prior import fit_best
-from train.run import Run, RunError, TrainingError, folder_whole, write_whole
+from carim_aug.generators.pretrained import NoduleGenerator, WeightsError
+from carim_aug.location.prior import LocationPrior
+from train.classifier.densenet import ChestClassifier
+from train.classifier.encoders import PRESETS as ENCODERS
+from train.classifier.encoders import train_encoders
+from train.classifier.training import train_classifier
+from train.common.run import Run, RunError, TrainingError, folder_whole, write_whole
+from train.gan.presets import CLASSIFIERS, PRESETS, changed
+from train.gan.training import peak_memory, train_gan
+from train.metrics.generator_quality import FigurePreset, matched_pairs, one_mask
+from train.prior.fitting import fit_best
 
 SHARES: dict[str, float] = {
     "check": 0.02,

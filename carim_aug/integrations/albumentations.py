@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from carim_aug.insertion import graft
-from carim_aug.keys import stream
-from carim_aug.masks import boxes_to_masks
-from carim_aug.placement import PLACEMENTS, TRIES, candidates, grounds
-from carim_aug.plan import Slot, check_epoch, check_strength
-from carim_aug.pool import ROWS, SyntheticPool
-from carim_aug.ranges import RangeError, ValueRange
+from carim_aug.location.placement import PLACEMENTS, TRIES, candidates, grounds
+from carim_aug.ops.boxes import boxes_to_masks
+from carim_aug.ops.random import stream
+from carim_aug.ops.value_range import RangeError, ValueRange
+from carim_aug.transforms.graft import graft
+from carim_aug.transforms.plan import Slot, check_epoch, check_strength
+from carim_aug.transforms.pool import ROWS, SyntheticPool
 
 try:
     import albumentations as A

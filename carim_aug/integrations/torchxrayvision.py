@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from carim_aug.masks import boxes_to_masks
-from carim_aug.mix import SyntheticNoduleMix
-from carim_aug.plan import Slot
-from carim_aug.ranges import ValueRange
-from carim_aug.wrapped import random_states_kept
+from carim_aug.ops.boxes import boxes_to_masks
+from carim_aug.ops.value_range import ValueRange
+from carim_aug.transforms.dataset import random_states_kept
+from carim_aug.transforms.mix import SyntheticNoduleMix
+from carim_aug.transforms.plan import Slot
 
 try:
     import pandas as pd

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from carim_aug.compiled import compile_generator
-from carim_aug.models.generator import ARCHITECTURES, MultiScaleGenerator
+from carim_aug.generators.fused import compile_generator
+from carim_aug.generators.multiscale import ARCHITECTURES, MultiScaleGenerator
 
 VARIANTS = {
     "float32": {"dtype": torch.float32},

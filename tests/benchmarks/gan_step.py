@@ -18,18 +18,18 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from carim_aug.data.chestxray14 import FINDINGS
-from carim_aug.losses import discriminator_loss
-from carim_aug.models.classifier import ChestClassifier
-from carim_aug.models.generator import ARCHITECTURES
-from carim_aug.prior import LocationPrior
-from train.adversarial import judging_loss
-from train.devices import launched
-from train.films import Films, draw_batch
-from train.gan import peak_memory
-from train.influence import Influence
-from train.networks import Networks
-from train.presets import PRESETS, GANPreset
-from train.steps import Asked, Wrapped, train_step
+from carim_aug.generators.multiscale import ARCHITECTURES
+from carim_aug.location.prior import LocationPrior
+from train.classifier.densenet import ChestClassifier
+from train.common.distributed import launched
+from train.gan.adversarial import judging_loss
+from train.gan.batch import Films, draw_batch
+from train.gan.influence import Influence
+from train.gan.losses import discriminator_loss
+from train.gan.networks import Networks
+from train.gan.presets import PRESETS, GANPreset
+from train.gan.step import Asked, Wrapped, train_step
+from train.gan.training import peak_memory
 
 
 def seconds(functions: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:

@@ -17,9 +17,9 @@ from tiny import make_mix  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from carim_aug import LabelPolicy, SyntheticNoduleMix  # noqa: E402
-from carim_aug.insertion import graft  # noqa: E402
-from carim_aug.masks import boxes_to_masks, feather  # noqa: E402
-from carim_aug.ranges import ValueRange  # noqa: E402
+from carim_aug.ops.boxes import boxes_to_masks, feather  # noqa: E402
+from carim_aug.ops.value_range import ValueRange  # noqa: E402
+from carim_aug.transforms.graft import graft  # noqa: E402
 
 BATCH = 500
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/pairs.py [--weights FOLDER] [--data FOLDER_IN_CHESTXRAY14_LAYOUT] [--test val test]
 
 Contrast is the mean inside the mask's ellipse minus the mean of a ring about it, in units of the [-1, 1] image at the
-generator's size. `python -m train.report` shows the same beside all other figures.
+generator's size. `python -m train.reproduction.report` shows the same beside all other figures.
 """
 
 import argparse
@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from carim_aug.data.ct_nodules import CTNodules  # noqa: E402
-from carim_aug.hub import NoduleGenerator  # noqa: E402
-from carim_aug.prior import LocationPrior  # noqa: E402
-from train.figures import FigurePreset, contrasts, matched_pairs, pair_figures  # noqa: E402
-from train.sources import read_patients  # noqa: E402
-from train.tables import contrast_tables, pair_table  # noqa: E402
+from carim_aug.generators.pretrained import NoduleGenerator  # noqa: E402
+from carim_aug.location.prior import LocationPrior  # noqa: E402
+from train.metrics.generator_quality import FigurePreset, contrasts, matched_pairs, pair_figures  # noqa: E402
+from train.reproduction.report.tables import contrast_tables, pair_table  # noqa: E402
+from train.reproduction.sources import read_patients  # noqa: E402
 
 
 def main() -> None:

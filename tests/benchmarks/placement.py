@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from carim_aug.data.chestxray14 import ChestXray14
-from carim_aug.lungs import FIELD_SIZE, lung_masks
-from carim_aug.placement import grown, placed
-from carim_aug.plan import Planner, Slot
-from carim_aug.prior import LocationPrior
+from carim_aug.location.placement import grown, placed
+from carim_aug.location.prior import LocationPrior
+from carim_aug.ops.lungs import FIELD_SIZE, lung_masks
+from carim_aug.transforms.plan import Planner, Slot
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 1000

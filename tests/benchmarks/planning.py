@@ -12,8 +12,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 from tiny import make_mix, prior  # noqa: E402
 
-from carim_aug.plan import Planner  # noqa: E402
-from carim_aug.wrapped import PlannedDataset  # noqa: E402
+from carim_aug.transforms.dataset import PlannedDataset  # noqa: E402
+from carim_aug.transforms.plan import Planner  # noqa: E402
 
 CALLS, RUNS, LIMIT = 5000, 15, 50
 

@@ -14,8 +14,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from carim_aug.prior import LocationPrior  # noqa: E402
-from train.prior import held_out_table  # noqa: E402
+from carim_aug.location.prior import LocationPrior  # noqa: E402
+from train.prior.fitting import held_out_table  # noqa: E402
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""What makes nodules, and the files that hold its weights."""

@@ -1,0 +1,1 @@
+"""What a nodule does to a label."""

@@ -1,0 +1,1 @@
+"""Where nodules lie, and how large they are."""

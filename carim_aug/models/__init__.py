@@ -1,1 +1,0 @@
-"""Networks: one a file."""

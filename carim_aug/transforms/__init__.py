@@ -1,0 +1,1 @@
+"""The product: `SyntheticNoduleMix` and what it is made of."""

@@ -1,0 +1,1 @@
+"""The chest X-ray classifier (CheXNet's role), and encoders."""

@@ -1,0 +1,1 @@
+"""Measures of images, of scores, and of their uncertainty."""

@@ -1,0 +1,1 @@
+"""What Ann (2021) reports, with controls."""

@@ -1,0 +1,1 @@
+"""The class-conditional baselines of Table 1."""

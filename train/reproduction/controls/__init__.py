@@ -1,0 +1,1 @@
+"""Controls that need no training."""

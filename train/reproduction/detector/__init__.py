@@ -1,0 +1,1 @@
+"""What grafts do for a detector."""

@@ -1,0 +1,1 @@
+"""All tables and figures in one report."""

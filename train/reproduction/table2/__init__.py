@@ -1,0 +1,1 @@
+"""Table 2: what synthetic images do for a classifier."""
