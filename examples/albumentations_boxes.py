@@ -1,8 +1,8 @@
-"""albumentations with boxes: a graft, then its own transforms, in a data set that knows nothing of us.
+"""albumentations with boxes: a graft, then its own transforms, in a data set that knows nothing of carim_aug.
 
     python examples/albumentations_boxes.py --data FOLDER      # ChestX-ray14's layout; without it: drawn phantoms
 
-Prints how many boxes came in over two epochs, and how often a nodule was used.
+Prints how many boxes came in over two epochs.
 """
 
 import argparse
@@ -22,34 +22,45 @@ parser.add_argument("--size", type=int, default=224)
 parser.add_argument("--batches", type=int, help="stop each epoch after so many")
 args = parser.parse_args()
 
+# Your own images and boxes. The number of the nodule class is yours, too: 6 in ChestX-ray14, 1 in the phantoms.
 if args.data:
-    films = ChestXray14(args.data, split="train", target="detection", findings=("No Finding", "Nodule"))
+    xrays = ChestXray14(args.data, split="train", target="detection", findings=("No Finding", "Nodule"))
+    number = xrays.classes.index("Nodule")
 else:
-    films = PhantomChest(200, nodule_fraction=0.3, target="detection")
-number = films.classes.index("Nodule") if args.data else 1
+    xrays = PhantomChest(200, nodule_fraction=0.3, target="detection")
+    number = 1
 
-graft = GraftNodule(args.weights, size=128, label=number, p=0.5)
+graft = GraftNodule(args.weights, label=number, p=0.5)
 pipeline = A.Compose(
-    [graft, A.Resize(args.size, args.size), A.HorizontalFlip(), A.RandomBrightnessContrast()],
+    [
+        graft,
+        A.Resize(args.size, args.size),
+        A.HorizontalFlip(),
+        A.RandomBrightnessContrast(),
+    ],
     bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"]),
 )
 
 
-class Films(Dataset):
+class AugmentedXrays(Dataset):
     def __len__(self):
-        return len(films)
+        return len(xrays)
 
     def __getitem__(self, i):
-        image, target = films[i]
+        image, target = xrays[i]
         boxes = np.asarray(target["boxes"], dtype=np.float32)
-        done = pipeline(image=image[0].numpy(), bboxes=boxes, labels=target["labels"].numpy(), index=i)
-        return done["image"], done["bboxes"], list(done["labels"]), len(done["bboxes"]) - len(boxes)
+        labels = target["labels"].numpy()
+        # With an index, what becomes of an image depends on seed, epoch and index alone.
+        augmented = pipeline(image=image[0].numpy(), bboxes=boxes, labels=labels, index=i)
+        new_boxes = len(augmented["bboxes"]) - len(boxes)
+        return augmented["image"], augmented["bboxes"], augmented["labels"], new_boxes
 
 
-loader = DataLoader(Films(), batch_size=8, num_workers=2, persistent_workers=True, collate_fn=list)
+loader = DataLoader(AugmentedXrays(), batch_size=8, num_workers=2, persistent_workers=True, collate_fn=list)
 for epoch in range(2):
     graft.set_epoch(epoch)
-    items = [item for batch in islice(loader, args.batches) for item in batch]
-    print(f"epoch {epoch}: {len(items)} films, {sum(n for *_, n in items)} boxes came in")
-told = graft.pool.statistics()
-print(f"{told['distinct']} different nodules, each used {told['mean_uses']:.1f} times")
+    images = new = 0
+    for batch in islice(loader, args.batches):
+        images += len(batch)
+        new += sum(new_boxes for _, _, _, new_boxes in batch)
+    print(f"epoch {epoch}: {images} images, {new} boxes came in")

@@ -1,8 +1,9 @@
-"""The balancing experiments of the source, DS1 to DS4, and the control that any gain must beat: duplicated real films.
+"""The balancing experiments of Ann (2021), DS1 to DS4, and the control that any gain must beat: duplicated images.
 
     python examples/balancing.py --data FOLDER --full runs/stage2/export      # without --data: drawn phantoms
 
-Prints one AUC a data set, of one short run each: seeds, intervals and more controls are in `train.reproduction.table2.training`.
+Prints one AUC a data set, of one short run each. `python -m train.reproduction.table2` has seeds, intervals and more
+controls.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from itertools import islice
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
-from torchvision.models import densenet121
+from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from carim_aug import SyntheticNoduleMix, assert_real_only
@@ -26,35 +27,71 @@ parser.add_argument("--batches", type=int, default=50, help="shown to each")
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-shape = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
+
+def forever(loader):
+    while True:
+        yield from loader
+
+
+def train_classifier(loader):
+    torch.manual_seed(0)  # one start for all
+    model = resnet18(num_classes=2).to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
+    for images, labels in islice(forever(loader), args.batches):
+        logits = model(images.to(device).expand(-1, 3, -1, -1))
+        loss = cross_entropy(logits, labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def measure_auc(model, loader):
+    scores, truth = [], []
+    for images, labels in loader:
+        logits = model(images.to(device).expand(-1, 3, -1, -1))
+        scores.append(logits[:, 1].cpu())
+        truth.append(labels)
+    scores, truth = torch.cat(scores), torch.cat(truth)
+    return (scores[truth == 1][:, None] > scores[truth == 0]).float().mean()
+
+
+transform = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
 if args.data:
-    options = {"target": "nodule", "only_normal_or_nodule": True, "transform": shape}
-    train, val = (ChestXray14(args.data, split=split, **options) for split in ("train", "val"))
+    options = {"target": "nodule", "only_normal_or_nodule": True, "transform": transform}
+    train = ChestXray14(args.data, split="train", **options)
+    val = ChestXray14(args.data, split="val", **options)
 else:
-    train, val = (PhantomChest(n, nodule_fraction=0.2, seed=n, transform=shape) for n in (200, 60))
-nodule, normal = ((torch.tensor(train.targets) == label).nonzero()[:, 0] for label in (1, 0))
-normal = normal[torch.randperm(len(normal), generator=torch.Generator().manual_seed(0))]
-n = round(len(nodule) * 2000 / 5698)  # the source's share of synthetic nodules
-balanced = Subset(train, [*nodule.tolist(), *normal[: len(nodule)].tolist()])
-more = [*nodule.tolist(), *nodule[:n].tolist(), *normal[: len(nodule) + n].tolist()]
-both = {"Nodule": n, "No Finding": n}
-models = {"DS3": args.weights, "DS4": args.full or args.weights}
-mixes = {k: SyntheticNoduleMix.from_pretrained(w, n_synthetic=both, device=device) for k, w in models.items()}
-sets = {"DS1": train, "DS2": balanced, "DS2 + duplicates": Subset(train, more), **dict.fromkeys(mixes, balanced)}
+    train = PhantomChest(200, nodule_fraction=0.2, seed=200, transform=transform)
+    val = PhantomChest(60, nodule_fraction=0.2, seed=60, transform=transform)
+
+# DS1 is all real images; DS2 as many normal ones as there are with nodules; the control repeats some of its images.
+targets = torch.tensor(train.targets)
+nodule = torch.nonzero(targets == 1)[:, 0].tolist()
+normal = torch.nonzero(targets == 0)[:, 0]
+normal = normal[torch.randperm(len(normal), generator=torch.Generator().manual_seed(0))].tolist()
+n = round(len(nodule) * 2000 / 5698)  # Ann's share of synthetic nodules
+balanced = Subset(train, nodule + normal[: len(nodule)])
+duplicates = Subset(train, nodule + nodule[:n] + normal[: len(nodule) + n])
+
+# DS3 and DS4 add whole generated images of both classes to DS2.
+added = {"Nodule": n, "No Finding": n}
+without_loss = SyntheticNoduleMix.from_pretrained(args.weights, n_synthetic=added, insertion="whole", device=device)
+full_model = SyntheticNoduleMix.from_pretrained(
+    args.full or args.weights, n_synthetic=added, insertion="whole", device=device
+)
+
+options = {"batch_size": 16, "shuffle": True, "drop_last": True}
+loaders = {
+    "DS1": DataLoader(train, **options),
+    "DS2": DataLoader(balanced, **options),
+    "DS2 + duplicates": DataLoader(duplicates, **options),
+    "DS3": without_loss.loader(balanced, **options),
+    "DS4": full_model.loader(balanced, **options),
+}
 val_loader = DataLoader(val, batch_size=32)
 assert_real_only(val_loader)
-for name, films in sets.items():
-    options = {"batch_size": 16, "shuffle": True, "drop_last": True}
-    loader = mixes[name].loader(films, **options) if name in mixes else DataLoader(films, **options)
-    torch.manual_seed(0)  # one start for all
-    model = densenet121(num_classes=2).to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
-    endless = (batch for _ in iter(int, 1) for batch in loader)
-    for images, labels in islice(endless, args.batches):
-        loss = cross_entropy(model(images.to(device).expand(-1, 3, -1, -1)), labels.to(device))
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    with torch.no_grad():
-        judged = [(model.eval()(x.to(device).expand(-1, 3, -1, -1)).cpu(), y) for x, y in val_loader]
-    scores, truth = (torch.cat(part) for part in zip(*judged, strict=True))
-    area = (scores[truth == 1, 1][:, None] > scores[truth == 0, 1]).float().mean()
-    print(f"{name}: {len(loader.dataset)} films, AUC on {len(truth)} real ones {area:.3f}", flush=True)
+for name, loader in loaders.items():
+    auc = measure_auc(train_classifier(loader), val_loader)
+    print(f"{name}: {len(loader.dataset)} images, AUC on {len(val)} real ones {auc:.3f}", flush=True)

@@ -1,8 +1,8 @@
-"""A DenseNet-121 nodule classifier with synthetic images of both classes in its training loader: `mix.loader`.
+"""A DenseNet-121 nodule classifier with nodules grafted into its training images, and its labels: `mix.loader`.
 
     python examples/classifier_loader.py --data FOLDER      # ChestX-ray14's layout; without it: drawn phantoms
 
-Prints the loss of each epoch and the AUC on real validation images.
+Prints real and synthetic images of each class, the loss of each epoch and the AUC on real validation images.
 """
 
 import argparse
@@ -26,17 +26,22 @@ parser.add_argument("--batches", type=int, help="stop each epoch, and validation
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-shape = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
+transform = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
 if args.data:
-    options = {"target": "nodule", "only_normal_or_nodule": True, "transform": shape}
-    train, val = (ChestXray14(args.data, split=split, **options) for split in ("train", "val"))
+    options = {"target": "nodule", "only_normal_or_nodule": True, "transform": transform}
+    train = ChestXray14(args.data, split="train", **options)
+    val = ChestXray14(args.data, split="val", **options)
 else:
-    train, val = (PhantomChest(n, nodule_fraction=0.2, seed=n, transform=shape) for n in (400, 100))
+    train = PhantomChest(400, nodule_fraction=0.2, seed=400, transform=transform)
+    val = PhantomChest(100, nodule_fraction=0.2, seed=100, transform=transform)
 
-# Both classes are added: with synthetic nodules alone the classifier would learn 'generated texture = nodule'.
-added = {"Nodule": 200, "No Finding": 200}
-meaning = LabelPolicy("integer", classes=("No Finding", "Nodule"))  # of labels 0 and 1
-mix = SyntheticNoduleMix.from_pretrained(args.weights, n_synthetic=added, labels=meaning, device=device)
+# 100 images more: normal ones of the data set with a nodule in each, in other places in every epoch.
+mix = SyntheticNoduleMix.from_pretrained(
+    args.weights,
+    n_synthetic={"Nodule": 100},
+    labels=LabelPolicy("integer", classes=("No Finding", "Nodule")),  # what labels 0 and 1 mean
+    device=device,
+)
 print(mix.class_counts(train))
 train_loader = mix.loader(train, batch_size=16, shuffle=True)
 val_loader = DataLoader(val, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
@@ -48,13 +53,19 @@ optimizer = torch.optim.Adam(model.parameters(), 1e-4)
 for epoch in range(args.epochs):
     model.train()
     for images, labels in islice(train_loader, args.batches):
-        loss = cross_entropy(model(images.to(device).expand(-1, 3, -1, -1)), labels.to(device))
+        logits = model(images.to(device).expand(-1, 3, -1, -1))
+        loss = cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     model.eval()
-    with torch.no_grad():
-        judged = [(model(x.to(device).expand(-1, 3, -1, -1)), y) for x, y in islice(val_loader, args.batches)]
-    scores, truth = torch.cat([logits[:, 1].cpu() for logits, _ in judged]), torch.cat([y for _, y in judged])
+    scores, truth = [], []
+    for images, labels in islice(val_loader, args.batches):
+        with torch.no_grad():
+            logits = model(images.to(device).expand(-1, 3, -1, -1))
+        scores.append(logits[:, 1].cpu())
+        truth.append(labels)
+    scores, truth = torch.cat(scores), torch.cat(truth)
     auc = (scores[truth == 1][:, None] > scores[truth == 0]).float().mean()
     print(f"epoch {epoch}: loss {loss.item():.3f}, AUC on {len(truth)} images without synthetic ones {auc:.3f}")

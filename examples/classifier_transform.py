@@ -1,8 +1,8 @@
-"""A DenseNet-121 nodule classifier with generated nodules grafted into its real batches: `mix(images, labels)`.
+"""A DenseNet-121 nodule classifier with nodules grafted into the batches of an ordinary loader: `mix(images, labels)`.
 
     python examples/classifier_transform.py --data FOLDER      # ChestX-ray14's layout; without it: drawn phantoms
 
-The loader is an ordinary one; the mix is applied to its batches, as torchvision's CutMix is. Prints loss and AUC.
+The mix is applied to batches, as torchvision's CutMix is. Prints loss and AUC of each epoch.
 """
 
 import argparse
@@ -26,18 +26,19 @@ parser.add_argument("--batches", type=int, help="stop each epoch, and validation
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-shape = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
+transform = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
 if args.data:
-    options = {"target": "nodule", "only_normal_or_nodule": True, "transform": shape}
-    train, val = (ChestXray14(args.data, split=split, **options) for split in ("train", "val"))
+    options = {"target": "nodule", "only_normal_or_nodule": True, "transform": transform}
+    train = ChestXray14(args.data, split="train", **options)
+    val = ChestXray14(args.data, split="val", **options)
 else:
-    train, val = (PhantomChest(n, nodule_fraction=0.2, seed=n, transform=shape) for n in (400, 100))
+    train = PhantomChest(400, nodule_fraction=0.2, seed=400, transform=transform)
+    val = PhantomChest(100, nodule_fraction=0.2, seed=100, transform=transform)
 train_loader = DataLoader(train, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
 val_loader = DataLoader(val, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
 assert_real_only(val_loader)
 
-# A graft keeps the real image around the nodule; whole generated images would teach 'generated texture = nodule'.
-mix = SyntheticNoduleMix.from_pretrained(args.weights, p=0.3, insertion="graft")
+mix = SyntheticNoduleMix.from_pretrained(args.weights, p=0.3)
 
 torch.manual_seed(0)
 model = densenet121(num_classes=2).to(device)
@@ -51,9 +52,14 @@ for epoch in range(args.epochs):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
     model.eval()
-    with torch.no_grad():
-        judged = [(model(x.to(device).expand(-1, 3, -1, -1)), y) for x, y in islice(val_loader, args.batches)]
-    scores, truth = torch.cat([logits[:, 1].cpu() for logits, _ in judged]), torch.cat([y for _, y in judged])
+    scores, truth = [], []
+    for images, labels in islice(val_loader, args.batches):
+        with torch.no_grad():
+            logits = model(images.to(device).expand(-1, 3, -1, -1))
+        scores.append(logits[:, 1].cpu())
+        truth.append(labels)
+    scores, truth = torch.cat(scores), torch.cat(truth)
     auc = (scores[truth == 1][:, None] > scores[truth == 0]).float().mean()
     print(f"epoch {epoch}: loss {loss.item():.3f}, AUC on {len(truth)} images without synthetic ones {auc:.3f}")

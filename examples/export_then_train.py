@@ -2,7 +2,7 @@
 
     python examples/export_then_train.py --data FOLDER      # ChestX-ray14's layout; without it: whole synthetic images
 
-Prints what was written, and the loss; the guard would refuse the folder as validation data.
+Prints what was written, that the guard refuses the folder as validation data, and the loss.
 """
 
 import argparse
@@ -28,27 +28,32 @@ parser.add_argument("--n", type=int, default=40, help="nodules to write")
 parser.add_argument("--batches", type=int, help="stop after so many")
 args = parser.parse_args()
 
-out = Path(tempfile.mkdtemp()) / "synthetic"
+# Write the synthetic images; the same command again goes on where it was cut.
+folder = Path(tempfile.mkdtemp()) / "synthetic"
 mix = SyntheticNoduleMix.from_pretrained(args.weights)
-written = export(mix, out, n=args.n, normal=0 if args.data else args.n, hosts=args.data, size=args.size)
-print(f"wrote {written['images']} images with {written['nodules']} nodules")
-
-shape = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
-options = {"target": "nodule", "transform": shape}
-synthetic = ChestXray14(out, split="train", **options)
 if args.data:
-    real = ChestXray14(args.data, split="train", only_normal_or_nodule=True, **options)
+    written = export(mix, folder, n=args.n, backgrounds=args.data, size=args.size)
 else:
-    real = PhantomChest(80, nodule_fraction=0.2, transform=shape)
+    written = export(mix, folder, n=args.n, normal=args.n, size=args.size)
+print(f"wrote {written['images']} images with {written['nodules']} nodules to {folder}")
+
+# Read them as any folder in ChestX-ray14's layout, beside the real images.
+transform = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
+synthetic = ChestXray14(folder, split="train", target="nodule", transform=transform)
+if args.data:
+    real = ChestXray14(args.data, split="train", target="nodule", only_normal_or_nodule=True, transform=transform)
+else:
+    real = PhantomChest(80, nodule_fraction=0.2, transform=transform)
 try:
     assert_real_only(synthetic)
 except SyntheticDataError as error:
     print(f"not for validation: {type(error).__name__}")
 
 torch.manual_seed(0)
+loader = DataLoader(ConcatDataset([real, synthetic]), batch_size=16, shuffle=True)
 model = resnet18(num_classes=2)
 optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-for images, labels in islice(DataLoader(ConcatDataset([real, synthetic]), batch_size=16, shuffle=True), args.batches):
+for images, labels in islice(loader, args.batches):
     loss = cross_entropy(model(images.expand(-1, 3, -1, -1)), labels)
     optimizer.zero_grad()
     loss.backward()

@@ -1,4 +1,4 @@
-"""A multi-label DenseNet-121 on 14 findings, some of them not annotated (NaN), with generated nodules grafted in.
+"""A multi-label DenseNet-121 on 14 findings, some of them not annotated (NaN), with nodules grafted in.
 
     python examples/multilabel_nan.py --data FOLDER      # ChestX-ray14's layout; without it: drawn phantoms
 
@@ -24,23 +24,26 @@ parser.add_argument("--batches", type=int, help="stop after so many")
 args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
-shape = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
+transform = v2.Compose([v2.Resize((args.size, args.size)), v2.ToDtype(torch.float32, scale=True)])
 if args.data:
-    train = ChestXray14(args.data, split="train", transform=shape)
+    train = ChestXray14(args.data, split="train", transform=transform)
 else:
-    train = PhantomChest(400, target="multilabel", transform=shape)
-for label in train.targets[1::2]:
-    label[[finding != "Nodule" for finding in FINDINGS]] = torch.nan
+    train = PhantomChest(400, target="multilabel", transform=transform)
 
-# A graft keeps the real image around the nodule; whole generated images would teach 'generated texture = nodule'.
-mix = SyntheticNoduleMix.from_pretrained(args.weights, p=0.3, insertion="graft", device=device)
+not_annotated = [finding != "Nodule" for finding in FINDINGS]
+for label in train.targets[1::2]:
+    label[not_annotated] = torch.nan
+
+# A graft sets Nodule; entries that are not annotated stay NaN.
+mix = SyntheticNoduleMix.from_pretrained(args.weights, p=0.3, device=device)
 loader = mix.loader(train, batch_size=16, shuffle=True)
 
 torch.manual_seed(0)
 model = densenet121(num_classes=len(FINDINGS)).to(device)
 optimizer = torch.optim.Adam(model.parameters(), 1e-4)
 for images, labels in islice(loader, args.batches):
-    logits, labels = model(images.to(device).expand(-1, 3, -1, -1)), labels.to(device)
+    logits = model(images.to(device).expand(-1, 3, -1, -1))
+    labels = labels.to(device)
     known = ~labels.isnan()
     loss = binary_cross_entropy_with_logits(logits[known], labels[known])
     optimizer.zero_grad()

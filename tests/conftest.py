@@ -1,4 +1,4 @@
-"""Fixtures for all tests: real images if they are at hand, and drawn ones in the same layout."""
+"""Fixtures for all tests: real images if they are at hand, and phantoms in the same layout; hypothesis' profiles."""
 
 import csv
 import os
@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from carim_aug.data.phantom import phantom_chest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+for _name, _examples in {"local": 25, "ci": 100}.items():  # a busy machine is no error
+    settings.register_profile(
+        _name, max_examples=_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 
 def _folder(name: str) -> Path | None:
@@ -39,7 +46,7 @@ def ct_nodules() -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory):
-    """ChestX-ray14's layout: 24 drawn chests to train, 12 to validate, a third with a nodule, half of those boxed."""
+    """ChestX-ray14's layout: 24 phantom chests to train, 12 to validate, a third with a nodule, half of those boxed."""
     root = tmp_path_factory.mktemp("phantom")
     (root / "images").mkdir()
     rows, boxes, splits = [], [], []

@@ -1,4 +1,4 @@
-"""Small data sets and a mix with an untrained 32-pixel generator, for tests and benchmarks of the mix."""
+"""Small data sets, and a mix with an untrained 32-pixel generator, for tests and benchmarks of the mix."""
 
 import contextlib
 import functools
@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from carim_aug import LocationPrior, NoduleGenerator, SyntheticNoduleMix
+from carim_aug import LocationPrior, SyntheticNoduleMix, WholeImageGenerator
 
 torch.set_num_threads(1)  # tensors here are so small that more threads only wait for each other
 
 
 @functools.cache
-def generator(name: str = "tiny") -> NoduleGenerator:
+def generator(name: str = "tiny") -> WholeImageGenerator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return NoduleGenerator(name).eval()
+        return WholeImageGenerator(name)
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def make_mix(**options) -> SyntheticNoduleMix:
     return SyntheticNoduleMix(generator(), prior(), **options)
 
 
-class Films(Dataset):
+class Images(Dataset):
     """n images, each filled with its index / n, and integer labels: every fourth is a nodule. Counts its reads."""
 
     def __init__(self, n: int = 40, *, labels=None, size=(32, 32), channels=1, targets=True, classes=None):
@@ -50,8 +50,8 @@ class Films(Dataset):
         return torch.full((self.channels, *self.size), i / self.n), self._labels[i]
 
 
-class Records(Films):
-    """The same as torchxrayvision gives it: dicts of numpy arrays in [-1024, 1024], 18 labels, some NaN."""
+class Records(Images):
+    """The same as torchxrayvision has it: dicts of numpy arrays in [-1024, 1024], 18 labels, some NaN."""
 
     def __getitem__(self, i):
         image, label = super().__getitem__(i)
@@ -60,13 +60,46 @@ class Records(Films):
         return {"idx": i, "lab": row, "img": image.numpy() * 2048 - 1024}
 
 
+class Samples(Dataset):
+    """n samples of any structure, made by a function of the index."""
+
+    def __init__(self, make, n: int = 12):
+        self.make, self.n = make, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.make(i)
+
+
+def batch(n: int = 8, size=(32, 32), channels: int = 1, seed: int = 0):
+    """n noisy images in [0, 1] and integer labels: every fourth is a nodule."""
+    images = torch.rand(n, channels, *size, generator=torch.Generator().manual_seed(seed))
+    return images, torch.arange(n) % 4 // 3
+
+
+class FirstBoxes(Dataset):
+    """The first box of each of 24 albumentations samples; here, for spawned workers do not find test modules."""
+
+    def __init__(self, pipeline, image, *, indexed):
+        self.pipeline, self.image, self.indexed = pipeline, image, indexed
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        more = {"index": i} if self.indexed else {}
+        boxes = self.pipeline(image=self.image, bboxes=[], labels=[], **more)["bboxes"]
+        return torch.tensor(np.array(boxes)).reshape(-1, 4)[0]
+
+
 def decisions(batches, last_params):
-    """Everything that was decided, by index: (index, class, noise seed, bytes of boxes, host, label), in order."""
+    """All that was decided, in order: (key, class, noise seed, bytes of boxes, background, label)."""
     rows = []
     for _, labels in batches:
-        slots = last_params().slots
-        for slot, label in zip(slots, labels.tolist(), strict=True):
-            rows.append((slot.key, slot.class_name, slot.noise_seed, slot.boxes.tobytes(), slot.host, label))
+        for d, label in zip(last_params().decisions, labels.tolist(), strict=True):
+            rows.append((d.key, d.class_name, d.noise_seed, d.boxes.tobytes(), d.background, label))
     return rows
 
 

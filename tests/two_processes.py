@@ -1,4 +1,4 @@
-"""A training that keeps each process's networks after the last step: run by tests/test_devices.py."""
+"""A training that keeps each process's networks after the last step: run by tests/train/common/test_distributed.py."""
 
 import dataclasses
 import sys
@@ -15,17 +15,15 @@ torch.set_num_threads(1)
 def main(data: str, templates: str, out: str, processes: str, images: str = "32") -> None:
     step = gan.train_step
 
-    def watched(wrapped, batch, *args, **kwargs):
-        losses, done = step(wrapped, batch, *args, **kwargs)
-        kept = {"networks": wrapped.networks.state_dict(), "losses": losses}
-        torch.save(kept, Path(out).with_name(f"{processes}-{wrapped.part.rank}.pt"))
-        return losses, done
+    def watched(state, batch, *args, **kwargs):
+        losses, finite = step(state, batch, *args, **kwargs)
+        after = {"networks": state.networks.state_dict(), "losses": losses}
+        torch.save(after, Path(out).with_name(f"{processes}-{state.part.rank}.pt"))
+        return losses, finite
 
     gan.train_step = watched
-    preset = dataclasses.replace(
-        PRESETS["tiny"], images=int(images), batch=8, grow_at=(16,), r1_weight=1.0, r1_every=2, snapshot_images=32
-    )
-    gan.train_gan(preset, data=data, ct_nodules=templates, out=out, devices=int(processes), minutes=5)
+    preset = dataclasses.replace(PRESETS["tiny"], images=int(images), batch=8, grow_at=(16,), snapshot_images=32)
+    gan.train_gan(preset, data=data, ct_nodules=templates, out=out, devices=int(processes), minutes=60)
 
 
 if __name__ == "__main__":

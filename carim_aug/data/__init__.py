@@ -1,20 +1,12 @@
-"""Real films in their official layout, plain folders, CT nodules, and a drawn phantom for tests."""
+"""Real chest X-rays in their official layout, plain folders, CT nodules, and a drawn phantom for tests."""
 
-from carim_aug.data.chestxray14 import FINDINGS, ChestXray14, read_boxes, split_by_patient
+from carim_aug.data.chestxray14 import ChestXray14
+from carim_aug.data.chestxray14_tables import read_boxes, split_by_patient
 from carim_aug.data.ct_nodules import CTNodules
-from carim_aug.data.errors import DataError
 from carim_aug.data.folders import BoxCSV, FolderPerClass
+from carim_aug.data.io import DataError
 from carim_aug.data.phantom import PhantomChest, phantom_chest
+from carim_aug.ops.findings import FINDINGS
 
-__all__ = [
-    "FINDINGS",
-    "BoxCSV",
-    "CTNodules",
-    "ChestXray14",
-    "DataError",
-    "FolderPerClass",
-    "PhantomChest",
-    "phantom_chest",
-    "read_boxes",
-    "split_by_patient",
-]
+__all__ = ["BoxCSV", "CTNodules", "ChestXray14", "DataError", "FINDINGS", "FolderPerClass", "PhantomChest"]
+__all__ += ["phantom_chest", "read_boxes", "split_by_patient"]

@@ -1,7 +1,7 @@
-"""Real CT nodules in projection, superimposed on films (the training-free insertion of Litjens et al. 2010).
+"""Real CT nodules in projection, superimposed on X-rays (the training-free insertion of Litjens et al. 2010).
 
-Serves METHOD.md section 8 as a control, and gives images whose nodule is known to the pixel. The resulting nodules are
-superimposed, not seen on a film: figures are to be taken on real boxes only.
+A control, and a source of images whose nodule is known to the pixel. The nodules are superimposed, not seen in a
+radiograph: figures are to be taken on real boxes only.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from carim_aug.data.errors import DataError
+from carim_aug.data.io import DataError
 
 _VIEWS = ("frontal", "sagittal")
 _FRINGE = 0.1  # share of the peak thickness that is taken off: the ragged fringe of a segmentation
@@ -22,25 +22,21 @@ _ANGLES = 24  # a nodule has no upright: any multiple of 15 degrees
 _NEIGHBOURS = 200  # templates next in size that a box chooses from
 _SUPERSAMPLE = 3  # rays per output pixel and axis, averaged: bilinear sampling alone would alias
 _STRETCH = 1.25  # how unequal the two axes may be scaled so that an oblong box is filled
-_BLUR = (0.25, 0.5, 0.25)  # the film's own blur, about a pixel wide
+_BLUR = (0.25, 0.5, 0.25)  # a radiograph's own blur, about a pixel wide
 
 
 class CTNodules:
-    """Templates of CT nodules that can be added to films.
+    """Templates of CT nodules that can be added to X-rays.
 
     Templates that touch the border of their patch, are thin, or are ragged are dropped.
 
     Args:
         path: `templates.npz` with `frontal` and `sagittal` (N, S, S): water-equivalent thickness in mm, 1 mm pixels.
-        field_mm: width of a film in mm, which says how many mm a pixel of a given image size is (410 mm: 1.6 mm at
+        field_mm: width of an X-ray in mm, which says how many mm a pixel of a given image size is (410 mm: 1.6 mm at
             256 pixels); templates near to the box's size are preferred.
 
-    Attributes:
-        templates: (M, 1, S, S) float32, peak 1.
-        extents_mm: (M,) float32, ascending: the larger side of each template's bounding box.
-
     Raises:
-        DataError: The file is missing, is no such archive, lacks an array, or holds no template that is fit for use.
+        DataError: the file is missing, is no such archive, lacks an array, or holds no template that is fit for use.
 
     Reference:
         Litjens, Hogeweg, Schilham, de Jong, Viergever and van Ginneken, "Simulation of nodules and diffuse infiltrates
@@ -48,29 +44,25 @@ class CTNodules:
     """
 
     def __init__(self, path: str | Path, *, field_mm: float = 410.0) -> None:
-        """Read and sort the templates; see the class."""
         if not field_mm > 0:
             raise ValueError(f"field_mm must be > 0, got {field_mm}")
         self.field_mm = field_mm
-        thickness = _read(Path(path))
-        thickness = _trim(thickness[_whole(thickness)])
+        thickness = _trim(_read(Path(path)))
         thickness = thickness[_roundish(thickness)]
         if not len(thickness):
             raise DataError(f"{path}: no template is whole and roundish enough to be used")
         low, high = _extents(thickness)
         size = (high - low)[:, 0].max(1)
         order = np.argsort(size, kind="stable")
-        self.templates = torch.from_numpy(thickness[order])[:, None]
-        self.extents_mm = torch.from_numpy(size[order])
+        self.templates = torch.from_numpy(thickness[order])[:, None]  # (M, 1, S, S) float32, peak 1
+        self.extents_mm = torch.from_numpy(size[order])  # (M,) float32, ascending: the larger side of each nodule
         self._middle = torch.from_numpy((low + high)[order] / 2)  # (M, angles, 2), mm from the patch's centre
         self._extent = torch.from_numpy((high - low)[order])  # (M, angles, 2), mm
 
     def __len__(self) -> int:
-        """Number of templates kept."""
         return len(self.templates)
 
     def __repr__(self) -> str:
-        """Number and sizes of the templates."""
         low, high = float(self.extents_mm[0]), float(self.extents_mm[-1])
         return f"CTNodules({len(self)} templates of {low:.0f} to {high:.0f} mm)"
 
@@ -82,9 +74,8 @@ class CTNodules:
         contrast: tuple[float, float] = (0.07, 0.27),
         *,
         fill: tuple[float, float] | None = (0.9, 1.0),
-        rotate: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Films with one nodule each, and what was added.
+        """Add one nodule to each image, flipped and turned to one of 24 angles at random.
 
         The peak contrast is log-normal. Its default, and `fill=None`, were fitted to real boxes of ChestX-ray14's
         training patients at 128 pixels: radiologists' boxes of ChestX-Det are tight, official boxes are about 1.6 times
@@ -93,18 +84,13 @@ class CTNodules:
         Args:
             images: (B, 1, S, S) float, [-1, 1].
             boxes: (B, 4) XYXY in pixels, inside the image, at least one pixel wide and high.
-            generator: Source of every draw.
+            generator: source of every draw.
             contrast: 10th and 90th percentile of the nodule's peak contrast, in the images' units; equal values fix it.
-            fill: Range of the share of the box that the nodule spans; None makes it as loose as real boxes are: tight
+            fill: range of the share of the box that the nodule spans; None makes it as loose as real boxes are: tight
                 up to 18 mm, then ever looser.
-            rotate: Also flip the template and turn it to one of 24 angles.
 
         Returns:
-            images: (B, 1, S, S), at most 1.
-            difference: (B, 1, S, S), >= 0 and zero outside the box: exactly what was added.
-
-        Raises:
-            ValueError: A shape, a box or a range breaks the rules above.
+            The images, at most 1, and what was added, >= 0 and zero outside the box; (B, 1, S, S) each.
         """
         _check(images, boxes, contrast, fill)
         n, size = len(images), images.shape[-1]
@@ -113,31 +99,30 @@ class CTNodules:
         box = boxes.detach().to("cpu", torch.float32)
         wide_mm = (box[:, 2:] - box[:, :2]).amax(1) * (self.field_mm / size)
 
-        # Draw everything at once, in a fixed order, whatever the options.
+        # All draws at once, in a fixed order.
         uniform = torch.rand(n, 5, generator=generator, device=generator.device).cpu()
         normal = torch.randn(n, generator=generator, device=generator.device).cpu().clamp(-2, 2)
 
         # How much of the box is filled, by which template, turned how.
         if fill is None:
-            share = (18.0 / wide_mm).clamp(max=1.0) ** 0.8 * (0.9 + 0.2 * uniform[:, 0])
-            share = share.clamp(max=1.0)
+            share = ((18.0 / wide_mm).clamp(max=1.0) ** 0.8 * (0.9 + 0.2 * uniform[:, 0])).clamp(max=1.0)
         else:
             share = fill[0] + (fill[1] - fill[0]) * uniform[:, 0]
         window = min(_NEIGHBOURS, len(self))
         first = (torch.searchsorted(self.extents_mm, wide_mm * share) - window // 2).clamp(0, len(self) - window)
         chosen = first + (uniform[:, 1] * window).long().clamp(max=window - 1)
-        turned = (uniform[:, 2] * _ANGLES).long().clamp(max=_ANGLES - 1) if rotate else torch.zeros(n, dtype=torch.long)
-        flips = torch.where(uniform[:, 3:] < 0.5, -1.0, 1.0) if rotate else torch.ones(n, 2)
+        turned = (uniform[:, 2] * _ANGLES).long().clamp(max=_ANGLES - 1)
+        flips = torch.where(uniform[:, 3:] < 0.5, -1.0, 1.0)
 
         shape = self._render(box, share, chosen, turned, flips, size)
         median, spread = math.sqrt(contrast[0] * contrast[1]), math.log(contrast[1] / contrast[0]) / (2 * 1.2816)
         peak = median * torch.exp(spread * normal)
         difference = (shape * peak[:, None, None, None]).to(images)
-        difference = torch.minimum(difference, (1 - images).clamp_min(0))  # a film saturates
+        difference = torch.minimum(difference, (1 - images).clamp_min(0))  # a radiograph saturates
         return images + difference, difference
 
     def _render(self, box: Tensor, share: Tensor, chosen: Tensor, turned: Tensor, flips: Tensor, size: int) -> Tensor:
-        """Nodules of peak 1 at their boxes, (B, 1, S, S), drawn in windows as large as the largest box."""
+        """Return nodules of peak 1 at their boxes, (B, 1, S, S), made in windows as large as the largest box."""
         n, side = len(box), box[:, 2:] - box[:, :2]
         span = min(size, int(side.max().ceil()) + 1)
         corner = box[:, :2].floor().clamp(max=size - span)
@@ -159,7 +144,7 @@ class CTNodules:
         patch = F.grid_sample(self.templates[chosen], grid, align_corners=False)
         patch = F.avg_pool2d(patch, _SUPERSAMPLE)
 
-        # The film's blur; then nothing outside the box.
+        # The blur; then nothing outside the box.
         kernel = torch.tensor(_BLUR)
         patch = F.conv2d(patch, (kernel[:, None] * kernel)[None, None], padding=1)
         pixels = torch.arange(span)
@@ -168,44 +153,39 @@ class CTNodules:
         patch = patch * (inside[:, 0, None, :] * inside[:, 1, :, None])[:, None]
         patch = patch / patch.amax((2, 3), keepdim=True).clamp_min(1e-6)
 
-        # Windows into films.
+        # Windows into images.
         at = corner.long()
         rows, columns = at[:, 1, None, None] + pixels[:, None], at[:, 0, None, None] + pixels
-        films = torch.zeros(n, 1, size, size)
-        films[torch.arange(n)[:, None, None], 0, rows, columns] = patch[:, 0]
-        return films
+        images = torch.zeros(n, 1, size, size)
+        images[torch.arange(n)[:, None, None], 0, rows, columns] = patch[:, 0]
+        return images
 
 
 def _read(path: Path) -> np.ndarray:
-    """Both projections of all nodules, (2N, S, S) float32."""
+    """Read both projections of all nodules, (2N, S, S) float32."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in _VIEWS if name not in archive]
-            if missing:
-                raise DataError(f"{path}: must hold {' and '.join(_VIEWS)}, found {', '.join(archive.files)}")
-            views = [archive[name].astype(np.float32) for name in _VIEWS]
+            names = archive.files
+            views = {name: archive[name].astype(np.float32) for name in _VIEWS if name in names}
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except DataError:
-        raise
     except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
         raise DataError(f"{path}: not a readable .npz archive ({error})") from error
-    for name, view in zip(_VIEWS, views, strict=True):
+    if len(views) < len(_VIEWS):
+        raise DataError(f"{path}: must hold {' and '.join(_VIEWS)}, found {', '.join(names)}")
+    for name, view in views.items():
         if view.ndim != 3 or view.shape[1] != view.shape[2]:
             raise DataError(f"{path}: {name} must be (N, S, S), got {view.shape}")
-    if views[0].shape[1:] != views[1].shape[1:]:
-        raise DataError(f"{path}: frontal and sagittal must be of one size, got {views[0].shape} and {views[1].shape}")
-    return np.concatenate(views)
-
-
-def _whole(thickness: np.ndarray) -> np.ndarray:
-    """Which templates hold a nodule that keeps clear of the patch's border, (N,) bool."""
-    border = np.maximum(thickness[:, [0, -1]].max((1, 2)), thickness[:, :, [0, -1]].max((1, 2)))
-    return (border <= 0) & (thickness.max((1, 2)) > 0)
+    shapes = [view.shape for view in views.values()]
+    if shapes[0][1:] != shapes[1][1:]:
+        raise DataError(f"{path}: frontal and sagittal must be of one size, got {shapes[0]} and {shapes[1]}")
+    return np.concatenate(list(views.values()))
 
 
 def _trim(thickness: np.ndarray) -> np.ndarray:
-    """Templates smoothed over a pixel (CT slices leave steps), less their fringe, with peak 1."""
+    """Return templates that keep clear of the border, smoothed (CT slices leave steps), without fringe, of peak 1."""
+    border = np.maximum(thickness[:, [0, -1]].max((1, 2)), thickness[:, :, [0, -1]].max((1, 2)))
+    thickness = thickness[(border <= 0) & (thickness.max((1, 2)) > 0)]
     padded = np.pad(thickness, ((0, 0), (1, 1), (0, 0)))
     thickness = _BLUR[0] * padded[:, :-2] + _BLUR[1] * padded[:, 1:-1] + _BLUR[2] * padded[:, 2:]
     padded = np.pad(thickness, ((0, 0), (0, 0), (1, 1)))
@@ -215,7 +195,7 @@ def _trim(thickness: np.ndarray) -> np.ndarray:
 
 
 def _roundish(thickness: np.ndarray) -> np.ndarray:
-    """Which templates are at least 4 mm wide, neither thin, ragged nor hollow, (N,) bool."""
+    """Return which templates are at least 4 mm wide, neither thin, ragged nor hollow, (N,) bool."""
     axis = np.arange(thickness.shape[-1], dtype=np.float32) - (thickness.shape[-1] - 1) / 2
     mask = thickness > _EDGE
     side = np.maximum(mask.any(1).sum(1), mask.any(2).sum(1))
@@ -242,7 +222,7 @@ def _roundish(thickness: np.ndarray) -> np.ndarray:
 
 
 def _extents(thickness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high corner of each template's nodule at each angle, (N, angles, 2) float32, mm from the centre."""
+    """Return low and high corner of each template's nodule at each angle, (N, angles, 2), mm from the centre."""
     size = thickness.shape[-1]
     axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
     mask = thickness > _EDGE
@@ -264,12 +244,11 @@ def _check(images: Tensor, boxes: Tensor, contrast: tuple[float, float], fill: t
         raise TypeError(f"images must be floating point in [-1, 1], got {images.dtype}")
     if tuple(boxes.shape) != (len(images), 4):
         raise ValueError(f"boxes must be ({len(images)}, 4), got {tuple(boxes.shape)}")
-    side = boxes[:, 2:] - boxes[:, :2]
-    good = (side >= 1).all(1) & (boxes >= 0).all(1) & (boxes <= images.shape[-1]).all(1)
+    size = images.shape[-1]
+    good = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & (boxes >= 0).all(1) & (boxes <= size).all(1)
     if not bool(good.all()):
-        wrong = boxes[~good][0].tolist()
-        raise ValueError(f"boxes must be XYXY in [0, {images.shape[-1]}] and at least one pixel wide, got {wrong}")
-    if not 0 < contrast[0] <= contrast[1] <= 2:
-        raise ValueError(f"contrast must be 0 < low <= high <= 2, got {contrast}")
-    if fill is not None and not 0 < fill[0] <= fill[1] <= 1:
-        raise ValueError(f"fill must be 0 < low <= high <= 1, got {fill}")
+        got = boxes[~good][0].tolist()
+        raise ValueError(f"boxes must be XYXY in [0, {size}] and at least one pixel wide, got {got}")
+    for name, pair, most in (("contrast", contrast, 2), ("fill", (1, 1) if fill is None else fill, 1)):
+        if not 0 < pair[0] <= pair[1] <= most:
+            raise ValueError(f"{name} must be 0 < low <= high <= {most}, got {pair}")

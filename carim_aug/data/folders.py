@@ -5,35 +5,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
-from carim_aug.data.errors import DataError
-from carim_aug.data.images import IMAGE_SUFFIXES, check_channels, read_grey
-from carim_aug.data.tables import clip_box, number, read_rows
+from carim_aug.data.io import IMAGE_SUFFIXES, Box, DataError, clip_box, number, read_rows
+from carim_aug.data.items import Items, check_choice, check_names, detection_target
 
 _SLACK = 1.0  # pixels by which a box may overhang
 
 
-class FolderPerClass(Dataset[tuple[Any, int]]):
-    """Grey images whose class is the folder they lie in, at any depth; torchvision's ImageFolder for films.
+class FolderPerClass(Items):
+    """Grey images whose class is the folder they lie in, at any depth; torchvision's ImageFolder for X-rays.
+
+    `classes` and `class_to_idx` name the labels, `targets` and `paths` (sorted within a class) are those of each image.
 
     Args:
-        root: Folder with one folder per class.
+        root: folder with one folder per class.
         transform: torchvision v2 transform, called with the image.
-        channels: 1, or 3 equal ones.
-        classes: Folders to use, in label order; None takes all, sorted.
-
-    Attributes:
-        classes: Class names; the label is the position.
-        class_to_idx: From class name to label.
-        paths: File of each image, sorted within its class.
-        targets: Label of each image.
+        channels: of the uint8 `tv_tensors.Image` (channels, H, W): 1, or 3 equal ones.
+        classes: folders to use, in label order; None takes all, sorted.
 
     Raises:
-        DataError: There is no class folder, or one without images.
+        DataError: there is no class folder, or one without images.
     """
 
     def __init__(
@@ -44,10 +36,8 @@ class FolderPerClass(Dataset[tuple[Any, int]]):
         channels: int = 1,
         classes: Sequence[str] | None = None,
     ) -> None:
-        """List the files; see the class."""
-        check_channels(channels)
-        if isinstance(classes, str):
-            raise TypeError(f"classes must be a sequence of names, got the string {classes!r}")
+        check_choice("channels", channels, (1, 3))
+        check_names("classes", classes)
         self.root, self.transform, self.channels = Path(root), transform, channels
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder")
@@ -58,8 +48,7 @@ class FolderPerClass(Dataset[tuple[Any, int]]):
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must differ, got {self.classes}")
         self.class_to_idx = {name: label for label, name in enumerate(self.classes)}
-        self.paths: list[str] = []
-        self.targets: list[int] = []
+        self.paths, self.targets = [], []
         for label, name in enumerate(self.classes):
             if name not in found:
                 raise DataError(f"{self.root}: no class folder {name!r}; found {', '.join(found) or 'none'}")
@@ -69,55 +58,32 @@ class FolderPerClass(Dataset[tuple[Any, int]]):
             self.paths += paths
             self.targets += [label] * len(paths)
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.paths)
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        """Image, (channels, H, W) uint8 `tv_tensors.Image` or what the transform makes of it, and label.
-
-        Raises:
-            DataError: The file is unreadable.
-            IndexError: There is no such position.
-        """
-        image = read_grey(self.paths[i], channels=self.channels)
-        return (image if self.transform is None else self.transform(image)), self.targets[i]
-
-
-class BoxCSV(Dataset[tuple[Any, Any]]):
+class BoxCSV(Items):
     """Grey images with the boxes that a CSV lists.
 
     The CSV has columns image, x1, y1, x2, y2 (pixels of the image in its file) and optionally label (an integer, 1
     where the column is missing). Rows of the same image belong together; a row with empty coordinates lists an image
-    without a box.
+    without a box. `paths` are in order of first mention, `targets` 1 for an image with a box and else 0.
 
     Args:
-        root: Folder that the image column is relative to.
-        csv: The table; a relative path is tried as it is, then from `root`.
+        root: folder that the image column is relative to.
+        csv: the table; a relative path is tried as it is, then from `root`.
         transform: torchvision v2 transform, called with (image, target).
-        channels: 1, or 3 equal ones.
-
-    Attributes:
-        paths: File of each image, in order of first mention.
-        targets: 1 for an image with a box, else 0.
+        channels: of the uint8 `tv_tensors.Image` (channels, H, W): 1, or 3 equal ones.
 
     Raises:
-        DataError: The table is missing or breaks its rules, or a listed image has no file.
+        DataError: the table is missing or breaks its rules, or a listed image has no file; of an item: the file is
+            unreadable, or a box overhangs the image by more than a pixel.
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        csv: str | Path,
-        *,
-        transform: Callable[..., Any] | None = None,
-        channels: int = 1,
+        self, root: str | Path, csv: str | Path, *, transform: Callable[..., Any] | None = None, channels: int = 1
     ) -> None:
-        """Read the table, no images; see the class."""
-        check_channels(channels)
+        check_choice("channels", channels, (1, 3))
         self.root, self.transform, self.channels = Path(root), transform, channels
         self.csv = Path(csv) if Path(csv).exists() else self.root / csv
-        rows: dict[str, list[tuple[int, tuple[float, float, float, float], int]]] = {}
+        rows: dict[str, list[tuple[int, Box, int]]] = {}  # line, box, label
         corners = ("x1", "y1", "x2", "y2")
         for line, row in read_rows(self.csv, ("image", *corners)):
             boxes = rows.setdefault(row["image"], [])
@@ -136,40 +102,14 @@ class BoxCSV(Dataset[tuple[Any, Any]]):
         if not rows:
             raise DataError(f"{self.csv}: no rows")
         self.paths = [str(self.root / name) for name in rows]
-        absent = [path for path in self.paths if not os.path.isfile(path)]
-        if absent:
+        if absent := [path for path in self.paths if not os.path.isfile(path)]:
             raise DataError(f"{absent[0]}: no such image file, listed in {self.csv}")
         self._boxes = list(rows.values())
         self.targets = [int(bool(boxes)) for boxes in self._boxes]
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Any, dict[str, Tensor]]:
-        """Image and target.
-
-        Args:
-            i: Position, negative from the end.
-
-        Returns:
-            image: (channels, H, W) uint8 `tv_tensors.Image`.
-            target: `boxes`, `tv_tensors.BoundingBoxes` (k, 4) float32 XYXY in pixels, and `labels`, (k,) int64.
-
-        Raises:
-            DataError: The file is unreadable, or a box overhangs the image by more than a pixel.
-            IndexError: There is no such position.
-        """
-        image = read_grey(self.paths[i], channels=self.channels)
-        height, width = image.shape[-2:]
+    def _target(self, i: int, height: int, width: int) -> dict[str, Tensor]:
         boxes = [clip_box(self.csv, line, box, (width, height), _SLACK) for line, box, _ in self._boxes[i]]
-        target: dict[str, Tensor] = {
-            "boxes": tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
-                torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format="XYXY", canvas_size=(height, width)
-            ),
-            "labels": torch.tensor([label for _, _, label in self._boxes[i]], dtype=torch.int64),
-        }
-        return (image, target) if self.transform is None else self.transform(image, target)
+        return detection_target(boxes, [label for _, _, label in self._boxes[i]], height, width)
 
 
 def _images_below(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A drawn, chest-like phantom for tests and the demo: never evidence for a claim about real films."""
+"""A drawn, chest-like phantom for tests and the demo: never evidence for a claim about real X-rays."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -6,57 +6,39 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from carim_aug.data.chestxray14 import FINDINGS
+from carim_aug.data.items import Items, check_choice, detection_target, targets_of
+from carim_aug.ops.findings import FINDINGS
 
 _NODULE = FINDINGS.index("Nodule")
 
 
 def phantom_chest(size: int = 256, *, nodule_box: Sequence[float] | Tensor | None = None, seed: int = 0) -> Tensor:
-    """A drawing of a chest: body, two dark lungs with ribs, heart, spine, diaphragm, noise.
+    """Draw a chest: body, two dark lungs with ribs, heart, spine, diaphragm, noise.
 
-    It is a drawing for tests and the demo, never for a claim. The same seed without a box gives the same chest without
-    the nodule, to the bit outside the box.
-
-    Args:
-        size: Width and height in pixels, at least 16.
-        nodule_box: XYXY in pixels of a soft, round, bright blob; None for none.
-        seed: Varies the chest, at least 0.
-
-    Returns:
-        (1, size, size) float32, [0, 1].
-
-    Raises:
-        ValueError: The size is too small, or the box is inverted or outside the image.
+    It is (1, size, size) float32 in [0, 1], of at least 16 pixels; a soft, round, bright blob fills the box XYXY where
+    one is given. The same seed without a box gives the same chest without the nodule, to the bit outside the box.
     """
     if size < 16:
         raise ValueError(f"size must be at least 16, got {size}")
-    film = _chest(size, seed)
+    image = _chest(size, seed)
     if nodule_box is not None:
-        film = film + _blob(size, nodule_box, _random(seed, 1).uniform(0.15, 0.3))
-    return torch.from_numpy(np.clip(film, 0, 1, dtype=np.float32))[None]
+        image = image + _blob(size, nodule_box, _random(seed, 1).uniform(0.15, 0.3))
+    return torch.from_numpy(np.clip(image, 0, 1, dtype=np.float32))[None]
 
 
-class PhantomChest(Dataset[tuple[Any, Any]]):
-    """Drawn chests, some with a nodule in a lung; drawings for tests and the demo, never for a claim.
+class PhantomChest(Items):
+    """Drawn chests, (1, size, size) uint8, some with a nodule in a lung; `targets` and `labels` as of `ChestXray14`.
 
     Args:
-        n: Number of images.
-        size: Width and height in pixels, at least 16.
-        nodule_fraction: Share of the images with a nodule, rounded to whole images.
-        seed: Varies everything, at least 0.
+        n: number of images.
+        size: width and height in pixels, at least 16.
+        nodule_fraction: share of the images with a nodule, rounded to whole images.
+        seed: varies everything, at least 0.
         target: "integer": 1 with a nodule; "multilabel": (14,) float32 as in ChestX-ray14; "detection": `{"boxes",
             "labels"}` with XYXY pixels and label 1.
         transform: torchvision v2 transform, called with the image alone, or with (image, target) for "detection".
-
-    Attributes:
-        targets: One per image: (14,) float32 tensors for "multilabel", else int, 1 with a nodule.
-        labels: (n, 14) float32.
-
-    Raises:
-        ValueError: An argument is out of its range.
     """
 
     def __init__(
@@ -69,50 +51,31 @@ class PhantomChest(Dataset[tuple[Any, Any]]):
         target: Literal["integer", "multilabel", "detection"] = "integer",
         transform: Callable[..., Any] | None = None,
     ) -> None:
-        """Draw where the nodules are; images are drawn when asked for."""
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         if size < 16:
             raise ValueError(f"size must be at least 16, got {size}")
         if not 0 <= nodule_fraction <= 1:
             raise ValueError(f"nodule_fraction must be in [0, 1], got {nodule_fraction}")
-        if target not in ("integer", "multilabel", "detection"):
-            raise ValueError(f"target must be integer, multilabel or detection, got {target!r}")
+        check_choice("target", target, ("integer", "multilabel", "detection"))
         self.n, self.size, self.seed, self.target, self.transform = n, size, seed, target, transform
         chosen = _random(seed, 2).permutation(n)[: round(n * nodule_fraction)]
         self.labels = np.zeros((n, len(FINDINGS)), np.float32)
         self.labels[chosen, _NODULE] = 1
-        self.targets: list[Any] = (
-            list(torch.from_numpy(self.labels))
-            if target == "multilabel"
-            else self.labels[:, _NODULE].astype(int).tolist()
-        )
+        self.targets = targets_of(self.labels, target)
 
-    def __len__(self) -> int:
-        """Number of images."""
-        return self.n
+    def _image(self, i: int) -> tv_tensors.Image:
+        box = next(iter(self.boxes(i)), None)
+        chest = phantom_chest(self.size, nodule_box=box, seed=self._seed(self._position(i)))
+        return tv_tensors.Image((chest * 255).round().to(torch.uint8))
 
-    def __getitem__(self, i: int) -> tuple[Any, Any]:
-        """Image, (1, size, size) uint8 `tv_tensors.Image` or what the transform makes of it, and label.
-
-        Raises:
-            IndexError: There is no such position.
-        """
-        i = self._position(i)
-        boxes = self.boxes(i)
-        film = phantom_chest(self.size, nodule_box=boxes[0] if len(boxes) else None, seed=self._seed(i))
-        image = tv_tensors.Image((film * 255).round().to(torch.uint8))
-        if self.target == "detection":
-            target = {
-                "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(self.size, self.size)),  # type: ignore[call-overload]
-                "labels": torch.ones(len(boxes), dtype=torch.int64),
-            }
-            return (image, target) if self.transform is None else self.transform(image, target)
-        label = self.targets[i].clone() if self.target == "multilabel" else self.targets[i]
-        return (image if self.transform is None else self.transform(image)), label
+    def _target(self, i: int, height: int, width: int) -> Any:
+        if self.target != "detection":
+            return super()._target(i, height, width)
+        return detection_target(self.boxes(i), [1] * len(self.boxes(i)), height, width)
 
     def boxes(self, i: int) -> Tensor:
-        """Box of the nodule, (1, 4) float32 XYXY in pixels, or (0, 4) where there is none."""
+        """Return the box of the nodule, (1, 4) float32 XYXY in pixels, or (0, 4) where there is none."""
         i = self._position(i)
         if not self.labels[i, _NODULE]:
             return torch.zeros(0, 4)
@@ -139,7 +102,7 @@ def _random(seed: int, purpose: int) -> np.random.Generator:
 
 
 def _anatomy(seed: int) -> dict[str, Any]:
-    """Where the organs are: centre x, centre y, half width, half height, in parts of the image."""
+    """Return where the organs are: centre x, centre y, half width, half height, in parts of the image."""
     draw = _random(seed, 0)
     x, y, scale = 0.5 + draw.normal(0, 0.01), 0.5 + draw.normal(0, 0.015), draw.uniform(0.92, 1.06)
     gap, tall = draw.uniform(0.19, 0.22) * scale, draw.uniform(0.31, 0.36) * scale
@@ -158,7 +121,7 @@ def _anatomy(seed: int) -> dict[str, Any]:
 
 
 def _chest(size: int, seed: int) -> np.ndarray:
-    """The film without a nodule, (size, size) float32, not yet clipped."""
+    """Draw the chest without a nodule, (size, size) float32, not yet clipped."""
     organs = _anatomy(seed)
     draw = _random(seed, 4)
     axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
@@ -178,29 +141,29 @@ def _chest(size: int, seed: int) -> np.ndarray:
         outward = sign * (x - organs["spine"])
         wave = np.cos(2 * np.pi * (count * (y - 0.5 * outward - 1.4 * (outward - 0.12) ** 2) + phase))
         ribs += inside * np.clip(wave - 0.3, 0, None)
-    film = body * organs["body_grey"] + 0.03
-    film -= (organs["body_grey"] - organs["lung_grey"]) * lungs
-    film += 0.12 * strength * ribs
+    image = body * organs["body_grey"] + 0.03
+    image -= (organs["body_grey"] - organs["lung_grey"]) * lungs
+    image += 0.12 * strength * ribs
 
     # Heart, spine, and vessels that fade away from the hila.
-    film += 0.28 * _soft_ellipse(x, y, organs["heart"], 0.08) * lungs
-    film += 0.13 * body * np.exp(-(((x - organs["spine"]) / 0.035) ** 2))
+    image += 0.28 * _soft_ellipse(x, y, organs["heart"], 0.08) * lungs
+    image += 0.13 * body * np.exp(-(((x - organs["spine"]) / 0.035) ** 2))
     hila = sum(
         np.exp(-(((x - organs["spine"] - sign * 0.09) / 0.05) ** 2) - ((y - lung[1]) / 0.09) ** 2)
         for sign, lung in zip((-1, 1), organs["lungs"], strict=True)
     )
-    film += 0.14 * hila * lungs
+    image += 0.14 * hila * lungs
 
-    # Noise: coarse texture of the lung, fine grain of the film.
+    # Noise: coarse texture of the lung, fine grain of the detector.
     coarse = torch.from_numpy(draw.standard_normal((1, 1, 24, 24), dtype=np.float32))
     texture = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)[0, 0].numpy()
-    film += 0.025 * texture * (0.3 + lungs)
-    film += 0.012 * draw.standard_normal((size, size), dtype=np.float32)
-    return film.astype(np.float32)
+    image += 0.025 * texture * (0.3 + lungs)
+    image += 0.012 * draw.standard_normal((size, size), dtype=np.float32)
+    return image.astype(np.float32)
 
 
 def _blob(size: int, box: Sequence[float] | Tensor, contrast: float) -> np.ndarray:
-    """A soft ellipse that reaches 0 at the box's edges, (size, size) float32."""
+    """Draw a soft ellipse that reaches 0 at the box's edges, (size, size) float32."""
     x1, y1, x2, y2 = (float(value) for value in box)
     if not (0 <= x1 < x2 <= size and 0 <= y1 < y2 <= size):
         raise ValueError(f"nodule_box must be XYXY in [0, {size}] with x1 < x2 and y1 < y2, got {(x1, y1, x2, y2)}")
@@ -212,7 +175,7 @@ def _blob(size: int, box: Sequence[float] | Tensor, contrast: float) -> np.ndarr
 
 
 def _soft_ellipse(x: np.ndarray, y: np.ndarray, organ: tuple[float, float, float, float], edge: float) -> np.ndarray:
-    """1 inside, 0 outside, with an edge of relative width `edge`."""
+    """Return 1 inside, 0 outside, with an edge of relative width `edge`."""
     across, down = (x - organ[0]) / organ[2], (y - organ[1]) / organ[3]
     return _soft_step((1 - np.sqrt(across**2 + down**2)) / edge)
 

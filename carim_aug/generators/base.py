@@ -1,62 +1,96 @@
-"""What `SyntheticNoduleMix` asks of a generator, so that baselines and controls can stand in for the CARIM-cGAN."""
+"""What makes nodules: protocols. Having the method is the capability; nothing else is asked of a generator.
+
+A source of residuals can be grafted into real images, a source of images can replace them. All chance comes from the
+seeds (n integers, 0 to 2**63 - 1), and a row depends on its own seed, mask and region alone, not on its batch.
+"""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-_WANTED = ("image_size", "noise_dim", "weights_hash")
+
+class WorkerDeviceError(RuntimeError):
+    """CUDA was asked for inside a DataLoader worker."""
 
 
-class Generator(Protocol):
-    """Noise and mask to chest X-rays in [-1, 1]."""
+class Source(Protocol):
+    """What all sources have."""
 
-    @property
-    def image_size(self) -> int:
-        """Side S of the images in pixels."""
-        ...
+    image_size: int  # side S of images, regions and masks in pixels
+    weights_hash: str  # SHA-256, as hex, of all that fixes what is made
 
-    @property
-    def noise_dim(self) -> int:
-        """Length of z."""
-        ...
 
-    @property
-    def weights_hash(self) -> str:
-        """SHA-256, as hex, of all that fixes what is generated."""
-        ...
+class ImageSource(Source, Protocol):
+    """Whole chest X-rays."""
 
-    def __call__(self, noise: Tensor, masks: Tensor, /) -> Tensor:
-        """Gives images (B, 1, S, S) float, [-1, 1].
+    def images(self, masks: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return chest X-rays (n, 1, S, S) float32, [-1, 1], with a nodule in each box of the masks, on their device.
 
         Args:
-            noise: (B, noise_dim) float, z ~ N(0, I).
-            masks: (B, 1, S, S) in {0, 1}; all zeros gives a normal image.
+            masks: (n, 1, S, S) in {0, 1}: unions of boxes; all zeros asks for a normal image.
+            seeds: n integers, 0 to 2**63 - 1.
         """
-        ...
 
 
-def is_generator(thing: Any) -> bool:
-    """Gives whether a thing has what `Generator` asks for, without working out its hash; a class is no generator."""
-    if isinstance(thing, type) or not callable(thing):
-        return False
-    return all(inspect.getattr_static(thing, name, None) is not None for name in _WANTED)
+class ResidualSource(Source, Protocol):
+    """Nodules, as what they add to a background."""
+
+    def residuals(self, regions: Tensor, masks: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return what one nodule adds to each region: (n, 1, S, S) float32, [-2, 2], 0 where nothing changes.
+
+        Args:
+            regions: (n, 1, S, S) float, [-1, 1]: the backgrounds that the nodules come into. Never changed.
+            masks: (n, 1, S, S) in {0, 1}, one box each.
+            seeds: n integers, 0 to 2**63 - 1.
+        """
 
 
-def places_nodules(generator: Any) -> bool:
-    """Gives whether a generator puts the nodule where the mask is: unless its attribute `places` says no, it does."""
-    return bool(getattr(generator, "places", True))
+class ClassSource(Source, Protocol):
+    """Whole chest X-rays with or without a nodule, wherever it is: baselines, for classifiers alone."""
+
+    def class_images(self, nodule: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return chest X-rays (n, 1, S, S) float32, [-1, 1], on the device of `nodule`, (n,) bool."""
 
 
-def sees_hosts(generator: Any) -> bool:
-    """Gives whether what a graft adds depends on the film that it comes into.
+def check_source(source: Any, insertion: str) -> Any:
+    """Return a generator that can do an insertion: `residuals` for "graft", `images` or `class_images` for "whole".
 
-    Such a generator has a method `differences(hosts, noise, masks)`, with hosts (B, 1, S, S) float, [-1, 1], that gives
-    (B, 1, S, S) float, [-2, 2]; of all others a graft is G(z, C) - G(z, 0).
+    Raises:
+        TypeError: it lacks a property of the protocols, or is a class.
+        ValueError: it lacks the method.
     """
-    return callable(getattr(generator, "differences", None))
+    name = type(source).__name__
+    lacking = [a for a in ("image_size", "weights_hash") if inspect.getattr_static(source, a, None) is None]
+    if isinstance(source, type) or lacking:
+        raise TypeError(
+            "generator must have image_size, weights_hash and a method images(masks, seeds) or residuals(regions, "
+            f"masks, seeds) (carim_aug.generators.base), got {name}"
+        )
+    methods = {"graft": ("residuals",), "whole": ("images", "class_images")}[insertion]
+    if not any(callable(getattr(source, method, None)) for method in methods):
+        raise ValueError(f"generator must have a method {methods[0]} for insertion={insertion!r}, got a {name}")
+    return source
 
 
-def shows_real_films(generator: Any) -> bool:
-    """Gives whether a generator's whole images are real films, as its attribute `shows_real_films` says."""
-    return bool(getattr(generator, "shows_real_films", False))
+def check_device(device: torch.device) -> None:
+    """Raise unless tensors can be made on a device in this process.
+
+    Raises:
+        WorkerDeviceError: another device than the CPU inside a DataLoader worker.
+        ValueError: a device that this machine does not have.
+    """
+    if device.type != "cpu" and get_worker_info() is not None:
+        raise WorkerDeviceError(
+            f"device must be 'cpu' inside a DataLoader worker, got '{device}': use mix.loader(dataset, ...) or "
+            "mix(images, labels) after the loader, which generate in the main process, or "
+            "SyntheticNoduleMix(device='cpu')"
+        )
+    try:
+        torch.empty(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device must be one that this machine has, got '{device}': {reason}") from error

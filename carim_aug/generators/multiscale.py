@@ -1,5 +1,6 @@
-"""The mask-conditional multi-scale generator: METHOD 2 and 10, eq. 1 and 2 of the source, Fig. 1."""
+"""The mask-conditional multi-scale generator: eq. 1 and 2, Fig. 1 of Ann (2021); numbers in docs/method.md."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,33 +13,19 @@ from carim_aug.generators.blocks import ImageHead, Joint, Residual, Stem, Up, so
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Numbers that fix one generator's architecture.
+    """Numbers that fix one generator's architecture."""
 
-    Attributes:
-        image_size: side of the last scale in pixels, 4 * 2 ** len(channels).
-        noise_dim: length of z.
-        stem_channels: maps of h0 at 4x4.
-        channels: maps after each doubling, from 8x8 to image_size.
-        residuals: residual blocks at each of these sizes, after the mask's joint convolution if there is one.
-        branches: number of scales M that give an image, the last of them at image_size.
-        joint: True: the mask is concatenated to h0 and between branches, through a joint convolution (the source);
-            False: it is concatenated at every doubling (the lean presets).
-        spectral_norm: spectral normalisation of every layer but the norms.
-        soft_mask: the network sees the mask with a soft edge (`carim_aug.generators.blocks.soften`).
-    """
-
-    image_size: int = 256
-    noise_dim: int = 100
-    stem_channels: int = 1024
-    channels: tuple[int, ...] = (512, 256, 128, 64, 32, 16)
-    residuals: tuple[int, ...] = (0, 0, 0, 2, 2, 0)
-    branches: int = 3
-    joint: bool = True
-    spectral_norm: bool = True
-    soft_mask: bool = False
+    image_size: int = 256  # side of the last scale in pixels, 4 * 2 ** len(channels)
+    noise_dim: int = 100  # length of z
+    stem_channels: int = 1024  # maps of h0 at 4x4
+    channels: tuple[int, ...] = (512, 256, 128, 64, 32, 16)  # maps after each doubling, from 8x8 to image_size
+    residuals: tuple[int, ...] = (0, 0, 0, 2, 2, 0)  # residual blocks at each of these sizes, after a joint convolution
+    branches: int = 3  # number of scales M that give an image, the last of them at image_size
+    joint: bool = True  # the mask joins h0 and between branches (Ann 2021); False: at every doubling (lean presets)
+    spectral_norm: bool = True  # of every layer but the norms
+    soft_mask: bool = False  # the network sees the mask with a soft edge (`carim_aug.generators.blocks.soften`)
 
     def __post_init__(self) -> None:
-        """Checks that the numbers fit together."""
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "residuals", tuple(self.residuals))
         steps = len(self.channels)
@@ -54,7 +41,7 @@ class GeneratorConfig:
             raise ValueError(f"noise_dim, stem_channels and channels must be positive, residuals >= 0, got {self}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the numbers as plain JSON types."""
+        """Return the numbers as plain JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
@@ -72,20 +59,14 @@ ARCHITECTURES: dict[str, GeneratorConfig] = {
 class MultiScaleGenerator(nn.Module):
     """Noise and mask to chest X-rays at several scales; one network makes normal (empty mask) and nodule images.
 
-    Args:
-        config: the architecture; see `ARCHITECTURES` for the published ones.
-
-    Reference: eq. 1, h_i = F_i(h_{i-1}, C_i), and eq. 2, s_i = G_i(h_i).
+    Reference: eq. 1 of Ann (2021), h_i = F_i(h_{i-1}, C_i), and eq. 2, s_i = G_i(h_i).
     """
 
-    value_range: tuple[float, float] = (-1.0, 1.0)
-
     def __init__(self, config: GeneratorConfig | None = None) -> None:
-        """Makes an untrained generator."""
         super().__init__()
         config = config or GeneratorConfig()
         spectral = config.spectral_norm
-        self.config = config
+        self.config, self.image_size, self.noise_dim = config, config.image_size, config.noise_dim
         self.stem = Stem(config.noise_dim, config.stem_channels, spectral=spectral)
 
         first_branch = len(config.channels) - config.branches
@@ -104,64 +85,41 @@ class MultiScaleGenerator(nn.Module):
             self.joints.append(Joint(channels, spectral=spectral) if boundary else nn.Identity())
             width = channels
 
-    @property
-    def image_size(self) -> int:
-        """Side of the images of the last scale, in pixels."""
-        return self.config.image_size
-
-    @property
-    def noise_dim(self) -> int:
-        """Length of the noise vector z."""
-        return self.config.noise_dim
-
     def forward(self, noise: Tensor, masks: Tensor) -> Tensor:
-        """Gives images of the last scale.
+        """Return images (B, 1, S, S) float, [-1, 1], of the last scale.
 
         Args:
             noise: (B, noise_dim) float, z ~ N(0, I).
             masks: (B, 1, S, S) in {0, 1}, S = image_size; all zeros gives a normal image.
-
-        Returns:
-            (B, 1, S, S) float, [-1, 1].
         """
-        return self._scales(noise, masks, every=False, scales=self.config.branches)[-1]
+        return self._images_at([len(self.ups) - 1], noise, masks)[0]
 
     def pyramid(self, noise: Tensor, masks: Tensor, *, scales: int | None = None) -> list[Tensor]:
-        """Gives images of all scales, smallest first, for training.
+        """Return images (B, 1, s, s) of all or the first `scales` branches: s = S / 2 ** (branches - 1), ..., S."""
+        branches = self.config.branches
+        scales = branches if scales is None else scales
+        if not 1 <= scales <= branches:
+            raise ValueError(f"scales must be in [1, {branches}], got {scales}")
+        first = len(self.ups) - branches
+        return self._images_at(range(first, first + scales), noise, masks)
 
-        Args:
-            noise: (B, noise_dim) float.
-            masks: (B, 1, S, S) in {0, 1}.
-            scales: stop after this many branches (progressive training); all by default.
-
-        Returns:
-            A list of (B, 1, s, s) float, [-1, 1], s = S / 2 ** (branches - 1), ..., S.
-        """
-        scales = self.config.branches if scales is None else scales
-        if not 1 <= scales <= self.config.branches:
-            raise ValueError(f"scales must be in [1, {self.config.branches}], got {scales}")
-        return self._scales(noise, masks, every=True, scales=scales)
-
-    def _scales(self, noise: Tensor, masks: Tensor, *, every: bool, scales: int) -> list[Tensor]:
+    def _images_at(self, steps: Sequence[int], noise: Tensor, masks: Tensor) -> list[Tensor]:
         check_inputs(noise, masks, self.config)
-        last_step = len(self.config.channels) - 1 - (self.config.branches - scales)
-
         if self.config.soft_mask:
             masks = soften(masks)
         hidden = self.stem(noise)
         if self.config.joint:
             hidden = torch.cat([hidden, F.adaptive_avg_pool2d(masks, 4).to(hidden.dtype)], dim=1)
         images = []
-        for step in range(last_step + 1):
-            size = 8 * 2**step
-            mask = F.adaptive_avg_pool2d(masks, size)
+        for step in range(steps[-1] + 1):
+            mask = F.adaptive_avg_pool2d(masks, 8 * 2**step)
             hidden = self.ups[step](hidden, mask)
-            # The source: image from h_i; then mask, joint convolution, residuals. Lean presets: residuals, then image.
+            # Ann (2021): image from h_i; then mask, joint convolution, residuals. Lean presets: residuals, then image.
             if not self.config.joint:
                 hidden = self.residuals[step](hidden)
-            if str(step) in self.heads and (every or step == last_step):
+            if step in steps:
                 images.append(self.heads[str(step)](hidden))
-            if self.config.joint and step < last_step:
+            if self.config.joint and step < steps[-1]:
                 if isinstance(self.joints[step], Joint):
                     hidden = self.joints[step](hidden, mask)
                 hidden = self.residuals[step](hidden)
@@ -169,7 +127,7 @@ class MultiScaleGenerator(nn.Module):
 
 
 def check_inputs(noise: Tensor, masks: Tensor, config: GeneratorConfig) -> None:
-    """Raises ValueError unless noise is (B, noise_dim) and masks (B, 1, S, S) for the same B."""
+    """Raise ValueError unless noise is (B, noise_dim) and masks (B, 1, S, S) for the same B."""
     if noise.ndim != 2 or noise.shape[1] != config.noise_dim:
         raise ValueError(f"noise must be (B, {config.noise_dim}), got {tuple(noise.shape)}")
     size = config.image_size

@@ -1,17 +1,13 @@
-"""albumentations: grafts of pooled nodules, with their boxes and masks (`pip install carim-aug[albumentations]`).
+"""albumentations: generated nodules grafted into images, boxes and masks (`pip install carim-aug[albumentations]`).
 
-import albumentations as A
-from carim_aug.integrations.albumentations import GraftNodule
-
-pipeline = A.Compose(
-    [GraftNodule(p=0.3, label="Nodule"), A.HorizontalFlip()],
-    bbox_params=A.BboxParams(format="pascal_voc", label_fields=["labels"]),
-)
+A.Compose([GraftNodule(p=0.3, label="Nodule")], bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"]))
 """
 
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from numbers import Real
 from operator import index as as_index
@@ -23,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from carim_aug.location.placement import PLACEMENTS, TRIES, candidates, grounds
+from carim_aug.location.placement import PLACEMENTS, TRIES, candidates, find_areas
 from carim_aug.ops.boxes import boxes_to_masks
-from carim_aug.ops.random import stream
 from carim_aug.ops.value_range import RangeError, ValueRange
-from carim_aug.transforms.graft import graft
-from carim_aug.transforms.plan import Slot, check_epoch, check_strength
-from carim_aug.transforms.pool import ROWS, SyntheticPool
+from carim_aug.transforms.amounts import Amount
+from carim_aug.transforms.apply import Applier, Placed
+from carim_aug.transforms.gate import ROWS
+from carim_aug.transforms.mix import SyntheticNoduleMix
+from carim_aug.transforms.plan import Decision, Planner, check_epoch
+from carim_aug.transforms.settings import Graft, MixSettings
 
 try:
     import albumentations as A
@@ -37,37 +35,32 @@ try:
 except ImportError as error:
     raise ImportError("this module needs albumentations: pip install carim-aug[albumentations]") from error
 
-_POOLS: WeakValueDictionary[tuple[Any, ...], SyntheticPool] = WeakValueDictionary()
+NODULE = "Nodule"
+_LOADED: WeakValueDictionary[str | None, SyntheticNoduleMix] = WeakValueDictionary()  # one for all of the same weights
 
 
 class GraftNodule(A.DualTransform):
-    """Grafts nodules into a chest X-ray: x + feather(C) * (G(z, C) - G(z, 0)), as `insertion="graft"` does.
+    """Grafts nodules into a chest X-ray, as `SyntheticNoduleMix` does: x + strength * feather * residual.
 
     Adds a box for each nodule, in the format of `bbox_params`, with its label in each of the `label_fields`; draws it
     as an ellipse into `mask`, and adds that ellipse to `masks` as one more. Keypoints stay. Nothing outside the
     feathered boxes changes. A nodule whose box `bbox_params` would drop for its size is drawn again, or not grafted.
 
-    What comes of a sample is keyed by (seed, epoch, the sample's `index`) where the call has an `index`, and else by
-    the rank, the worker and the samples it has seen since `set_epoch`, counted in shared memory: different in every
-    rank, worker and epoch, set or not, unlike what albumentations' own seeds give. Keys draw from the pool as it is:
-    once `set_epoch` or a thread has rendered entries anew, the same key gives another nodule.
+    What becomes of a sample is keyed by (seed, epoch, the sample's `index`) where the call has an `index`, and is then
+    what `SyntheticNoduleMix(p=..., seed=...).wrap(dataset)` does to that image. Else the key is the count of samples
+    since `set_epoch`, kept in shared memory, with the worker and the rank: different in every rank, worker and epoch,
+    unlike what albumentations' own seeds give. The generator runs on the CPU, one image at a time, in the workers.
 
     Args:
         weights: folder or hub id of the generator and its prior; None: the bundled ones.
-        size: entries of the pool.
-        reuse: uses after which `set_epoch` renders an entry anew.
-        seed: of the pool and of all decisions.
+        seed: of all decisions, 0 to 2**64 - 1.
         label: of new boxes: a string or a number as the label fields hold, or a dict from label field to value.
         mask_value: of a nodule's pixels in `mask`; of one (H, W, C), a list of C values, None for a channel that stays.
-        strength: of the difference, in (0, 4], or (least, most).
-        placement: "host": about as real nodules lie in the film's own lungs; "prior": unseen.
-        p: chance of a graft.
+        strength: of the residual, in (0, 4], or (least, most).
+        placement: "lungs": about as real nodules lie in the image's own lungs; "prior": unseen.
 
-    Targets: image ((H, W), (H, W, 1) or (H, W, 3); uint8, or float32 in [0, 1]), mask, masks, bboxes, keypoints.
-
-    Raises:
-        PoolError: a pool larger than the memory.
-        ValueError: an option, image or box that breaks its rule.
+    Targets: image ((H, W), (H, W, 1) or (H, W, 3); uint8, or float32 in [0, 1]), mask, masks, bboxes, keypoints. An
+    option, image or box that breaks its rule is a ValueError.
     """
 
     _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES, Targets.KEYPOINTS)
@@ -75,29 +68,26 @@ class GraftNodule(A.DualTransform):
     def __init__(
         self,
         weights: str | None = None,
-        size: int = 512,
-        reuse: int = 4,
         seed: int = 0,
         label: Any = 1,
         mask_value: float | list[float | None] = 1,
         strength: float | tuple[float, float] = 1.0,
-        placement: str = "host",
+        placement: str = "lungs",
         p: float = 0.5,
     ) -> None:
-        """Renders the pool, or takes the one that another transform of the same settings has."""
         super().__init__(p=p)
-        if placement not in PLACEMENTS:
+        self._available_keys |= {"index"}
+        if not isinstance(placement, str):  # a function cannot be serialised
             raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
-        check_strength(strength)
         for value in label.values() if isinstance(label, dict) else [label]:
             if not isinstance(value, str | Real):
                 raise ValueError(f"label must be a string, a number or a dict of these, got {value!r}")
-        self.weights, self.size, self.reuse, self.label = weights, size, reuse, label
-        self.mask_value, self.strength, self.placement = mask_value, strength, placement
-        self._seed = seed
-        key = (weights, size, reuse, seed)
-        self._pool = _POOLS.get(key) or SyntheticPool.from_pretrained(weights, size=size, reuse=reuse, seed=seed)
-        _POOLS[key] = self._pool
+        self.weights, self.label, self.mask_value = weights, label, mask_value
+        self.strength, self.placement, self._seed = strength, placement, seed
+        graft, name = Graft(placement, strength), None if weights is None else str(weights)
+        self._mix = _LOADED.get(name) or SyntheticNoduleMix.from_pretrained(weights)
+        _LOADED[name] = self._mix
+        self._applier = Applier(MixSettings(self._mix.prior, seed=seed, graft=graft), self._mix.generator, "cpu")
         # The epoch; then the samples that the main process and each worker have seen in it.
         self._counts = torch.zeros(1 + ROWS, dtype=torch.int64).share_memory_()
 
@@ -107,130 +97,43 @@ class GraftNodule(A.DualTransform):
         names = ("image", "mask", "masks", "bboxes", "keypoints")
         return {name: function for name, function in super().targets.items() if name in names}
 
-    @property
-    def available_keys(self) -> set[str]:
-        """What a call may have, the `index` too."""
-        return self._available_keys | {"index"}
-
-    @property
-    def pool(self) -> SyntheticPool:
-        """The nodules; `with transform.pool.start(20): ...` renders used ones anew while training."""
-        return self._pool
-
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which workers that are alive see, and renders anew what has been used often."""
+        """Set the epoch, which workers that are alive see; counts start anew."""
         check_epoch(epoch)
         self._counts.zero_()
         self._counts[0] = epoch
-        self._pool.refresh()
 
     def __call__(self, *args: Any, force_apply: bool = False, **kwargs: Any) -> Any:
-        """Gives the sample, with nodules or as it was; bad samples are named whether they get any or not."""
+        """Return the sample, with nodules or as it was; a bad one is refused whether it would get any or not."""
         if "image" not in kwargs:
             raise ValueError(f"image must be given for a nodule to be grafted into, got {sorted(kwargs)}")
         if kwargs.get("bboxes") is not None:
-            self._labels(0, kwargs)
+            self._label_columns(0, kwargs)
         return super().__call__(*args, force_apply=force_apply, **kwargs)
 
     def get_transform_init_args(self) -> dict[str, Any]:
-        """Gives what `A.to_dict` keeps; the seed too, which albumentations would leave out."""
+        """Return what `A.to_dict` stores; the seed too, which albumentations would leave out."""
         return {**super().get_transform_init_args(), "seed": self._seed}
 
     def should_apply(self, force_apply: bool = False) -> bool:
-        """Whether to decide at all: the decision itself is keyed, see the class."""
+        """Return whether to decide at all: the decision itself is keyed, see the class."""
         self._forced = force_apply
         return force_apply or self.p > 0
 
+    # --- Decide ---
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draws the nodules for an image, or none."""
-        key = self._key(data)
-        rng = stream(*key)
-        if not self._forced and rng.random() >= self.p:
-            return {"entry": None, "strength": 1.0}
-        low, high = check_strength(self.strength)
-        image = _as_tensor(data["image"])
-        (ground,) = grounds(image, self.placement, self._pool.planner)
-        planned = Slot(key, "Nodule", 0, np.zeros((0, 4), np.float32), -1)
-        drawn = candidates(lambda number: self._pool.slot(planned, (*key, number)), ground)
-        slot = next((slot for slot in islice(drawn, TRIES) if self._kept(slot, data)), None)
-        if slot is None:
-            return {"entry": None, "strength": 1.0}
-        self._pool.take(slot)
-        assert slot.entry is not None, "the pool's"
-        return {"entry": list(slot.entry), "strength": low + (high - low) * float(rng.random())}
-
-    def apply(self, img: np.ndarray, entry: list[int] | None, strength: float, **params: Any) -> np.ndarray:
-        """Gives the image with the nodules in it."""
-        if entry is None:
-            return img
-        slot, difference = self._nodules(entry)
-        slot = Slot(slot.key, "Nodule", slot.noise_seed, slot.boxes, -1, strength)
-        mixed = graft(_as_tensor(img), difference[None], [slot], ValueRange.of("auto"))[0]
-        return mixed.permute(1, 2, 0).numpy().reshape(img.shape)
-
-    def apply_to_mask(self, mask: np.ndarray, entry: list[int] | None, **params: Any) -> np.ndarray:
-        """Gives the mask with the nodules' ellipses set."""
-        if entry is None:
-            return mask
-        inside = self._ellipses(entry, mask.shape[:2]).amax(dim=0).numpy() > 0
-        changed = mask.copy()
-        channels = changed if changed.ndim == 3 else changed[..., None]
-        values = self.mask_value if isinstance(self.mask_value, list) else [self.mask_value]
-        if len(values) != channels.shape[2]:
-            raise ValueError(
-                f"mask_value must be a list with a value, or None, for each of a mask's {channels.shape[2]} channels, "
-                f"got {self.mask_value!r}"
-            )
-        for channel, value in enumerate(values):
-            if value is not None:
-                channels[inside, channel] = value
-        return changed
-
-    def apply_to_masks(self, masks: np.ndarray, entry: list[int] | None, **params: Any) -> np.ndarray:
-        """Gives the masks, (N, H, W), and one more for each nodule."""
-        if entry is None:
-            return masks
-        ellipses = self._ellipses(entry, masks.shape[1:3]).numpy()
-        more = np.zeros((len(ellipses), *masks.shape[1:]), dtype=masks.dtype)
-        more[ellipses > 0] = 1
-        return np.concatenate([masks, more])
-
-    def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
-        """Gives the keypoints as they are."""
-        return keypoints
-
-    def apply_to_bboxes(self, bboxes: np.ndarray, entry: list[int] | None, **params: Any) -> np.ndarray:
-        """Gives the boxes, (N, 4 + labels) with sides in [0, 1], and one more for each nodule."""
-        if entry is None:
-            return bboxes
-        labels = params["labels"]
-        new = np.hstack([self._nodules(entry)[0].boxes, labels]).astype(bboxes.dtype)
-        return np.concatenate([bboxes, new]) if len(bboxes) else new
-
-    def apply_with_params(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As albumentations', but new boxes know the label fields, and an empty list of masks gets the nodules' too."""
-        if params.get("entry") is None:
-            return kwargs
-        if kwargs.get("bboxes") is not None:
-            boxes = self._nodules(params["entry"])[0].boxes
-            params = {**params, "labels": self._labels(len(boxes), kwargs)}
-        done = super().apply_with_params(params, *args, **kwargs)
-        if isinstance(kwargs.get("masks"), list | tuple) and not kwargs["masks"]:
-            ellipses = self._ellipses(params["entry"], kwargs["image"].shape[:2])
-            done["masks"] = list(ellipses.to(torch.uint8).numpy())
-        return done
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Shares the counts again: workers of a copy must see them."""
-        self.__dict__.update(state)
-        self._counts.share_memory_()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GraftNodule":
-        """Gives a copy with the same pool, epoch and counts, so that it does not repeat this one."""
-        memo[id(self._pool)], memo[id(self._counts)] = self._pool, self._counts
-        twin = memo[id(self)] = copy.copy(self)
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
+        """Return the key of an image's graft, which makes it again; None for no graft."""
+        key, planner, image = self._key(data), self._planner(), _as_tensor(data["image"])
+        first = planner.regenerate(key, NODULE, 0) if self._forced else planner.decide(key, 0, eligible=True)
+        if first.synthetic:
+            (area,) = find_areas(image, self._applier.settings.graft.placement, self._mix.prior.field)
+            processor = None if data.get("bboxes") is None else self.get_processor("bboxes")
+            size = dict(zip(("height", "width"), data["image"].shape, strict=False))
+            for decision in islice(candidates(partial(planner.redraw, first), area), TRIES):
+                # An image must not change without its boxes, of which `bbox_params` may drop some.
+                if processor is None or len(processor.filter(decision.boxes, size)) == len(decision.boxes):
+                    return {"key": list(decision.key)}
+        return {"key": None}
 
     def _key(self, data: dict[str, Any]) -> tuple[int, ...]:
         epoch, index = int(self._counts[0]), data.get("index")
@@ -241,31 +144,77 @@ class GraftNodule(A.DualTransform):
                 raise TypeError(f"index must be an integer, got {index!r}") from None
         worker = get_worker_info()
         row = 0 if worker is None else 1 + worker.id
-        place = 1 + row % ROWS
-        self._counts[place] += 1
-        return (self._seed, epoch, int(self._counts[place]), row, int(os.environ.get("RANK", 0)))
+        count = self._counts[1 + row % ROWS].add_(1)
+        return (self._seed, epoch, int(count), row, int(os.environ.get("RANK", 0)))
 
-    def _kept(self, slot: Slot, data: dict[str, Any]) -> bool:
-        """Whether `bbox_params` keeps all boxes of a slot: an image must not change without its boxes."""
-        processor = self.get_processor("bboxes")
-        if processor is None or data.get("bboxes") is None:
-            return True
-        height, width = data["image"].shape[:2]
-        return len(processor.filter(slot.boxes, {"height": height, "width": width})) == len(slot.boxes)
+    def _planner(self) -> Planner:
+        settings = replace(self._applier.settings, amount=Amount(float(self.p)))
+        return settings.planner(settings.labels)
 
-    def _nodules(self, entry: list[int]) -> tuple[Slot, Tensor]:
-        key = (int(entry[0]), int(entry[1]), int(entry[2]))
-        slot = self._pool.planner.regenerate(key, "Nodule")
-        slot = Slot(key, "Nodule", slot.noise_seed, slot.boxes, -1, entry=key)
-        return slot, self._pool.difference(slot)
+    # --- Apply ---
+    def apply_with_params(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Apply the graft to all targets; new boxes get their label fields, an empty list of masks the ellipses too."""
+        if params.get("key") is None:
+            return kwargs
+        decision = self._planner().regenerate(tuple(int(part) for part in params["key"]), NODULE)
+        more: dict[str, Any] = {"decision": decision}
+        if kwargs.get("bboxes") is not None:
+            more["new"] = np.hstack([decision.boxes, self._label_columns(len(decision.boxes), kwargs)])
+        result = super().apply_with_params({**params, **more}, *args, **kwargs)
+        if isinstance(kwargs.get("masks"), list | tuple) and not kwargs["masks"]:
+            result["masks"] = list(_ellipses(decision, *kwargs["image"].shape[:2]).astype(np.uint8))
+        return result
 
-    def _ellipses(self, entry: list[int], size: Any) -> Tensor:
-        height, width = (int(side) for side in size)
-        boxes = self._nodules(entry)[0].boxes_at(height, width)
-        return boxes_to_masks(list(boxes[:, None]), (height, width), shape="ellipse")[:, 0]
+    def apply(self, img: np.ndarray, decision: Decision, **params: Any) -> np.ndarray:
+        """Return the image with the nodules in it."""
+        mixed, _ = self._applier.pixels(_as_tensor(img), Placed((decision,), {}))
+        return mixed[0].permute(1, 2, 0).numpy().reshape(img.shape)
 
-    def _labels(self, n: int, data: dict[str, Any]) -> np.ndarray:
-        """The label columns of n new boxes of a sample, as albumentations encodes them."""
+    def apply_to_mask(self, mask: np.ndarray, decision: Decision, **params: Any) -> np.ndarray:
+        """Return the mask with the nodules' ellipses set."""
+        inside = _ellipses(decision, *mask.shape[:2]).any(axis=0)
+        changed = mask.copy()
+        channels = changed if changed.ndim == 3 else changed[..., None]
+        values = self.mask_value if isinstance(self.mask_value, list) else [self.mask_value]
+        if len(values) != channels.shape[2]:
+            rule = f"a list with a value, or None, for each of a mask's {channels.shape[2]} channels"
+            raise ValueError(f"mask_value must be {rule}, got {self.mask_value!r}")
+        for channel, value in enumerate(values):
+            if value is not None:
+                channels[inside, channel] = value
+        return changed
+
+    def apply_to_masks(self, masks: np.ndarray, decision: Decision, **params: Any) -> np.ndarray:
+        """Return the masks (N, H, W), and one more for each nodule."""
+        ellipses = _ellipses(decision, *masks.shape[1:3])
+        more = np.zeros((len(ellipses), *masks.shape[1:]), dtype=masks.dtype)
+        more[ellipses] = 1
+        return np.concatenate([masks, more])
+
+    def apply_to_keypoints(self, keypoints: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the keypoints as they are."""
+        return keypoints
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, new: np.ndarray, **params: Any) -> np.ndarray:
+        """Return the boxes, (N, 4 + labels) with sides in [0, 1], and one more for each nodule."""
+        new = new.astype(bboxes.dtype)
+        return np.concatenate([bboxes, new]) if len(bboxes) else new
+
+    # --- Copies and labels ---
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._counts.share_memory_()  # a copy's memory is its own: its workers must see it again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraftNodule":
+        # A copy counts with the original, so that it does not repeat it, and has the same weights.
+        for shared in (self._mix, self._applier, self._counts):
+            memo[id(shared)] = shared
+        twin = memo[id(self)] = copy.copy(self)
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def _label_columns(self, n: int, data: dict[str, Any]) -> np.ndarray:
+        """Return the label columns of n new boxes of a sample, as albumentations encodes them."""
         processor = self.get_processor("bboxes")
         if processor is None:
             raise ValueError("bboxes must come with A.Compose(..., bbox_params=A.BboxParams(...)), got none")
@@ -276,31 +225,20 @@ class GraftNodule(A.DualTransform):
             if (len(bboxes) and more != 1) or more > 1 or not isinstance(self.label, Real):
                 raise ValueError(
                     "bboxes must come with labels for a box to be added: give BboxParams(label_fields=[...]), or a "
-                    f"number as the fifth entry of each box and as label, got {more} more entries and label "
-                    f"{self.label!r}"
+                    f"number as the fifth entry of each box and as label, got {more} more entries and {self.label!r}"
                 )
             return np.full((n, 1), self.label, dtype=np.float32)
         if more:
             raise ValueError(f"bboxes must have 4 entries where BboxParams has label_fields {names}, got {4 + more}")
         values = self.label if isinstance(self.label, dict) else dict.fromkeys(names, self.label)
         if missing := [name for name in names if name not in values]:
-            raise ValueError(
-                f"label must have a value for each of the label_fields {names}, got none for {missing[0]!r}"
-            )
-        columns = [_encoded(processor.label_manager, name, values[name], n, data.get(name)) for name in names]
-        return np.hstack(columns)
+            raise ValueError(f"label must have a value for each of label_fields {names}, got none for {missing[0]!r}")
+        manager = processor.label_manager
+        return np.hstack([_encode(manager, name, values[name], n, data.get(name)) for name in names])
 
 
-def _encoded(manager: Any, name: str, value: Any, n: int, field: Any) -> np.ndarray:
-    """(n, 1): a value in a label field's column.
-
-    Args:
-        manager: albumentations' encoder of label fields.
-        name: of the field.
-        value: string or number.
-        n: how often.
-        field: what the sample has in it, if there were no boxes to encode it with.
-    """
+def _encode(manager: Any, name: str, value: Any, n: int, field: Any) -> np.ndarray:
+    """Return a value n times in a label field's column, (n, 1); `field` is what the sample has in it."""
     if name not in manager.metadata["bboxes"]:
         if not n:
             return np.zeros((0, 1))
@@ -321,25 +259,25 @@ def _encoded(manager: Any, name: str, value: Any, n: int, field: Any) -> np.ndar
     return manager.process_field("bboxes", name, [value] * n) if n else np.zeros((0, 1))
 
 
-def _as_tensor(image: np.ndarray) -> Tensor:
-    """(1, C, H, W) of an image (H, W) or (H, W, C)."""
-    if (
-        not isinstance(image, np.ndarray)
-        or image.ndim not in (2, 3)
-        or (image.ndim == 3 and image.shape[2] not in (1, 3))
-    ):
-        got = image.shape if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"image must be an array (H, W), (H, W, 1) or (H, W, 3), got {got}")
+def _ellipses(decision: Decision, height: int, width: int) -> np.ndarray:
+    """Return the nodules' ellipses (k, H, W) bool."""
+    boxes = decision.boxes_at(height, width)
+    return boxes_to_masks(list(boxes[:, None]), (height, width), shape="ellipse")[:, 0].numpy() > 0
+
+
+def _as_tensor(image: Any) -> Tensor:
+    """Return an image (H, W) or (H, W, C) as (1, C, H, W), or raise ValueError for what is none."""
+    shape = image.shape if isinstance(image, np.ndarray) else ()
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)):
+        raise ValueError(f"image must be an array (H, W), (H, W, 1) or (H, W, 3), got {shape or type(image).__name__}")
     if image.dtype not in (np.uint8, np.float32):
         raise ValueError(f"image must be uint8, or float32 in [0, 1], got {image.dtype}")
-    tensor = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[..., None]))
-    tensor = tensor.permute(2, 0, 1)[None]
+    with_channels = image if len(shape) == 3 else image[..., None]
+    tensor = torch.from_numpy(np.ascontiguousarray(with_channels)).permute(2, 0, 1)[None]
     try:
-        ValueRange.of("auto").check(tensor, "image")
+        ValueRange().check(tensor, "image")
     except RangeError as error:
-        low, high = float(image.min()), float(image.max())
-        raise ValueError(
-            f"image must lie in [0, 1] if float32, got values from {low:g} to {high:g}: put GraftNodule before "
-            "A.Normalize"
-        ) from error
+        got = f"{float(image.min()):g} to {float(image.max()):g}"
+        rule = "in [0, 1] if float32"
+        raise ValueError(f"image must lie {rule}, got values from {got}: put GraftNodule before A.Normalize") from error
     return tensor

@@ -16,19 +16,13 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def write_sealed(path: str | Path, arrays: Mapping[str, np.ndarray[Any, Any]], texts: Mapping[str, str]) -> None:
-    """Write arrays and texts to a safetensors file, the texts and the digest in its metadata.
-
-    Args:
-        path: of the file; its folder must be there.
-        arrays: any names and shapes.
-        texts: any keys but "sha256".
-    """
+    """Write arrays and texts (any keys but "sha256") to a safetensors file, texts and digest in its metadata."""
     whole = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
     Path(path).write_bytes(save(whole, {**texts, "sha256": digest(whole, texts)}))
 
 
 def read_sealed(path: str | Path) -> tuple[Arrays, dict[str, str], bool]:
-    """The arrays and texts of a file that `write_sealed` wrote, and whether its digest fits them.
+    """Read a file of `write_sealed`: its arrays, its texts, and whether its digest fits them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -47,12 +41,11 @@ def read_sealed(path: str | Path) -> tuple[Arrays, dict[str, str], bool]:
 
 
 def digest(arrays: Mapping[str, np.ndarray[Any, Any]], texts: Mapping[str, str]) -> str:
-    """SHA-256, as hex, of every array's name, type, shape and bytes and of every text, whatever their order."""
+    """Return the SHA-256, as hex, of all arrays (name, type, shape, bytes) and texts, whatever their order."""
     sha = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
+    for name, array in sorted(arrays.items()):
         sha.update(f"{name!r}{array.dtype.str}{array.shape}".encode())
         sha.update(np.ascontiguousarray(array).tobytes())
-    for key in sorted(texts):
-        sha.update(f"{key!r}{texts[key]!r}".encode())
+    for key, text in sorted(texts.items()):
+        sha.update(f"{key!r}{text!r}".encode())
     return sha.hexdigest()

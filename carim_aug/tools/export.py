@@ -1,18 +1,8 @@
-"""A data set of synthetic images on disk: PNG files, the tables that others read, and where each image comes from.
+"""A data set of synthetic images on disk: PNG files with a record in each, the tables that others read, provenance.
 
-The folder, in the order in which it is written:
-
-    synthetic.json          settings; `assert_real_only` knows an export by it
-    images/NAME.png         each with its record in tEXt chunks (`carim_aug.data.provenance`)
-    labels/NAME.txt         YOLO; with data.yaml
-    annotations.json        COCO
-    Data_Entry_2017.csv, BBox_List_2017.csv, split.csv      what `carim_aug.data.ChestXray14` reads
-    provenance.csv          key, weights' hash, host and boxes (XYXY in pixels of the file) of each image
-    complete.json           counts; there only if all the rest is
-
-Every file is written under another name and then renamed, so none is ever seen half-written. An image is a function of
-(weights, prior, seed, index, host) and is rendered alone, on one thread of the CPU, so its bytes do not depend on how
-many processes share the work or where it was taken up again.
+`synthetic.json` (settings; `assert_real_only` knows an export by it) is written first, `complete.json` (counts) last,
+each file under another name and then renamed, so none is seen half-written. An image is a function of (weights, prior,
+seed, index, background), made alone on one thread of the CPU: its bytes do not depend on where a cut run went on.
 """
 
 import errno
@@ -20,55 +10,38 @@ import hashlib
 import io
 import json
 import os
-import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from carim_aug.data.provenance import MARKER, Provenance, export_over
-from carim_aug.generators.base import places_nodules, shows_real_films
-from carim_aug.location.prior import LocationPrior
+from carim_aug.data.provenance import MARKER, Provenance
+from carim_aug.ops.images import resize
 from carim_aug.ops.random import fold, stream
-from carim_aug.tools.export_backgrounds import Film, Hosts, find_films
-from carim_aug.tools.export_tables import NODULE, NOTICE, Exported, tables
+from carim_aug.tools.export_backgrounds import Background, find_backgrounds, hash_backgrounds
+from carim_aug.tools.export_tables import NODULE, NOTICE, Item, write_tables
+from carim_aug.transforms.apply import Applier
 from carim_aug.transforms.mix import SyntheticNoduleMix
+from carim_aug.transforms.plan import Planner
+from carim_aug.transforms.settings import MixSettings
 
 COMPLETE = "complete.json"
-FORMAT = 1
-"""Of the folder; raised when the same settings give other bytes."""
-SPLITS = ("train", "val")
+FORMAT = 2  # of the folder; raised when the same settings give other bytes
 NORMAL = "No Finding"
-PRIOR_DRAWS = 256
-"""By which one location prior is told from another."""
+PRIOR_DRAWS = 256  # by which one location prior is told from another
+# Patients of whole synthetic images have sixteen digits: 1, six of (weights, seed), nine of the index. Those of
+# ChestX-ray14 have five, of MIMIC-CXR eight. All are below 2**53, so a table read as floats keeps them.
 FIRST_PATIENT = 10**15
-"""Patients of whole synthetic images: sixteen digits, 1, six of (weights, seed), nine of the index. Those of
-ChestX-ray14 have five, in file names eight, as in MIMIC-CXR. All are below 2**53, so a table read as floats keeps them.
-"""
 
 
 class ExportError(RuntimeError):
-    """An export that cannot go on: a full disk, a folder of other settings, a process that is gone."""
-
-
-@dataclass(frozen=True)
-class _Image:
-    """What is known of an image before it is made."""
-
-    name: str
-    key: tuple[int, ...]
-    class_name: str
-    patient: int
-    host: Film | None = None
+    """An export that cannot go on: a full disk, or a folder of other settings."""
 
 
 def export(
@@ -77,223 +50,134 @@ def export(
     *,
     n: int | None = None,
     normal: int = 0,
-    hosts: str | Path | None = None,
+    backgrounds: str | Path | None = None,
     size: int | None = None,
     bits: int = 8,
     split: str = "train",
-    rank: int = 0,
-    world_size: int = 1,
-    patience: float = 600.0,
 ) -> dict[str, int]:
-    """Writes a data set of synthetic images; the same call goes on where one was cut.
-
-    With several processes each calls this with its rank; rank 0 writes the tables when all images are there.
+    """Write a data set of synthetic images, in one process; the same call goes on where one was cut.
 
     Args:
         mix: its generator, prior and seed are used, not its other options. An image's key is (seed, 0, i[, try]), with
-            i its place here, or its host's among all hosts by name.
+            i its place here, or its background's among all by name.
         out: folder; new, empty, or an export of the same settings.
-        n: images with nodules; None: with `hosts` one for each, else 0.
+        n: images with nodules; None: with `backgrounds` one for each, else 0.
         normal: images without, whole ones only.
-        hosts: folder of normal films to graft into (`carim_aug.tools.export_backgrounds.find_films`), n of them drawn by the seed, each
-            once; None: whole images are generated.
-        size: width and height in pixels; None: the generator's, or each host's own.
+        backgrounds: folder of normal images to graft into (`carim_aug.tools.export_backgrounds.find_backgrounds`), n of
+            them drawn by the seed, each once; None: whole images are generated.
+        size: width and height in pixels; None: the generator's, or each background's own.
         bits: of a pixel, 8 or 16.
-        split: that hosts are taken from and that all images belong to: "train" or "val".
-        rank: of this process, 0 to world_size - 1.
-        world_size: number of processes; they must see one folder.
-        patience: seconds for which rank 0 waits with no image coming from the others.
+        split: that backgrounds are taken from and that all images belong to: "train" or "val".
 
     Returns:
         "images" there are, with "nodules" (boxes) in them, and "written" by this call.
 
     Raises:
-        ValueError: an argument that breaks its rule.
-        DataError: hosts that cannot be read.
-        ExportError: a full disk, another export or other files in `out`, or processes that are gone.
+        ValueError: an argument that breaks its rule, or a generator without the method that is needed.
+        DataError: backgrounds that cannot be read.
+        ExportError: a full disk, or another export or other files in `out`.
     """
-    n = _check(n, normal, hosts, size, bits, split, rank, world_size)
     folder = Path(out)
-    with _full_disk_named(folder), _one_thread():
+    _check(n, normal, backgrounds, size, bits, split, folder)
+    with _working_in(folder):
         # What is to be made, and the settings that decide it.
-        source = _Whole(mix, n or 0, normal, size) if hosts is None else _Grafts(mix, hosts, folder, split, n, size)
-        settings = {
-            "format": FORMAT,
-            "insertion": source.insertion,
-            "n": len(source.images) - normal,
-            "normal": normal,
-            "seed": mix.seed,
-            "size": size,
-            "bits": bits,
-            "split": split,
-            "weights_hash": mix.weights_hash,
-            "prior_hash": _prior_hash(mix.prior),
-            "hosts_hash": source.hosts_hash,
-        }
+        mixing = MixSettings(mix.prior, seed=mix.seed, insertion="whole" if backgrounds is None else "graft")
+        applier, planner = Applier(mixing, mix.generator, "cpu"), mixing.planner(mixing.labels)
+        if backgrounds is None:
+            items, hashed = _plan_whole(mix, n or 0, normal), None
+        else:
+            found = find_backgrounds(backgrounds, split)
+            items, hashed = _plan_grafts(mix.seed, found, n), hash_backgrounds(found)
+        settings: dict[str, Any] = {"format": FORMAT, "insertion": mixing.insertion, "n": len(items) - normal}
+        settings |= {"normal": normal, "seed": mix.seed, "size": size, "bits": bits, "split": split}
+        settings |= {"weights_hash": mix.weights_hash, "prior_hash": _hash_prior(mix.prior), "backgrounds_hash": hashed}
         _claim(folder, settings)
-        if rank == 0 and not all((folder / "images" / image.name).is_file() for image in source.images):
-            (folder / COMPLETE).unlink(missing_ok=True)
 
-        # Images: this process's share, without those that are there.
-        written = 0
-        own = range(rank, len(source.images), world_size)
-        for i in tqdm(own, desc="writing images", unit="image", disable=rank > 0):
-            path = folder / "images" / source.images[i].name
-            if _record(path, source.images[i], settings) is None:
-                pixels, boxes, key = source.draw(i)
-                _put(path, _png(pixels, source.images[i], key, boxes, settings))
+        # Images that are not there.
+        written, images = 0, []
+        for item in tqdm(items, desc="writing images", unit="image"):
+            path = folder / "images" / item.name
+            record = _read_record(path, item, settings)
+            if record is None:
+                (folder / COMPLETE).unlink(missing_ok=True)
+                data, record = _make(item, applier, planner, settings)
+                _put(path, data)
                 written += 1
+            images.append((item, record))
 
         # Tables, from the records in all images.
-        if rank:
-            return {"images": len(own), "nodules": 0, "written": written}
-        images = _collected(folder, source.images, settings, patience)
-        counts = {"images": len(images), "nodules": sum(len(image.provenance.boxes) for image in images)}
-        texts = tables(images, split=split, settings=settings)
-        if not all((folder / name).is_file() for name in (COMPLETE, *texts)):
+        counts = {"images": len(images), "nodules": sum(len(record.boxes) for _, record in images)}
+        tables = write_tables(images, split=split, settings=settings)
+        if not all((folder / name).is_file() for name in (COMPLETE, *tables)):
             (folder / COMPLETE).unlink(missing_ok=True)
-            for name, text in texts.items():
+            for name, text in tables.items():
                 _put(folder / name, text.encode())
-            for left in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):  # by a process that was killed
+            for left in folder.rglob(".*.part"):  # by a process that was killed
                 left.unlink(missing_ok=True)
-            if hasattr(os, "sync"):  # all the rest first, should the power fail
-                os.sync()
-            _put(folder / COMPLETE, _json({**counts, "settings_sha256": _hash(settings)}))
+            _put(folder / COMPLETE, _json({**counts, "settings_sha256": hashlib.sha256(_json(settings)).hexdigest()}))
     return counts | {"written": written}
 
 
-# --- What is drawn ---
-class _Whole:
-    """Whole generated images: n with nodules, then normal ones."""
-
-    insertion, hosts_hash = "whole", None
-
-    def __init__(self, mix: SyntheticNoduleMix, n: int, normal: int, size: int | None) -> None:
-        if not places_nodules(mix.generator) or shows_real_films(mix.generator):
-            raise ValueError(
-                "mix must have a generator that puts nodules where masks are and shows no real films, to export whole "
-                f"images with their boxes, got a {type(mix.generator).__name__}"
-            )
-        self.mix = SyntheticNoduleMix(mix.generator, mix.prior, seed=mix.seed)
-        self.size = mix.generator.image_size if size is None else size
-        tag = fold(int(mix.weights_hash[:15], 16), mix.seed) % 10**6
-        self.images = []
-        for i in range(n + normal):
-            patient = FIRST_PATIENT + tag * 10**9 + i
-            class_name = NODULE if i < n else NORMAL
-            self.images.append(_Image(f"{patient}_000.png", (mix.seed, 0, i), class_name, patient))
-
-    def draw(self, i: int) -> tuple[Tensor, np.ndarray, tuple[int, ...]]:
-        """Gives the pixels (H, W) float32 in [0, 1], the boxes (k, 4) XYXY as parts of the image, and the key."""
-        image = self.images[i]
-        pixels, _, boxes = self.mix.regenerate(image.key, image.class_name)
-        parts = boxes.double().numpy() / self.mix.generator.image_size
-        if pixels.shape[-1] != self.size:
-            pixels = functional.resize(pixels, [self.size, self.size], antialias=True)
-        return (pixels[0] + 1) / 2, parts, image.key
+# --- What is made ---
+def _plan_whole(mix: SyntheticNoduleMix, n: int, normal: int) -> list[Item]:
+    """Return whole images: n with nodules, then normal ones."""
+    rule = "mix must have a generator with images(masks, seeds), which puts nodules where masks are, for whole images"
+    _require(hasattr(mix.generator, "images"), f"{rule} with boxes, got a {type(mix.generator).__name__}")
+    first = FIRST_PATIENT + fold(int(mix.weights_hash[:15], 16), mix.seed) % 10**6 * 10**9
+    classes = [NODULE] * n + [NORMAL] * normal
+    return [Item(f"{first + i}_000.png", (mix.seed, 0, i), name, first + i) for i, name in enumerate(classes)]
 
 
-class _Grafts:
-    """Nodules in normal films: n of them, in the order of their names."""
+def _plan_grafts(seed: int, found: list[Background], n: int | None) -> list[Item]:
+    """Return nodules in n of the backgrounds, in the order of their names."""
+    fits = n is None or n <= len(found)
+    _require(fits, f"n must be at most the number of backgrounds ({len(found)}), got {n}: export another seed too")
+    chosen = sorted(stream(seed, 0, 0, len(found)).permutation(len(found))[:n].tolist())
+    pairs = [(i, found[i]) for i in chosen]
+    return [Item(f"{own.path.stem}_graft_{seed}.png", (seed, 0, i), NODULE, own.patient, own) for i, own in pairs]
 
-    insertion = "graft"
 
-    def __init__(
-        self, mix: SyntheticNoduleMix, folder: str | Path, out: Path, split: str, n: int | None, size: int | None
-    ) -> None:
-        if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
-            raise ValueError(f"out must not lie in the folder of hosts {folder}, got {out}")
-        films = find_films(folder, split)
-        synthetic = export_over({os.path.dirname(film.path): None for film in films})
-        if synthetic is not None:
-            raise ValueError(f"hosts must be real films, got the synthetic ones of {synthetic}")
-        if n is not None and n > len(films):
-            raise ValueError(f"n must be at most the number of hosts ({len(films)}), got {n}: export another seed too")
-        hosts = Hosts(films, size=size)
-        self.hosts_hash = hosts.digest()
-        self.mixed = SyntheticNoduleMix(mix.generator, mix.prior, p=1.0, insertion="graft", seed=mix.seed).wrap(hosts)
-        self.chosen = sorted(stream(mix.seed, 0, 0, len(films)).permutation(len(films))[:n].tolist())
-        self.images = [
-            _Image(f"{films[i].stem}_graft_{mix.seed}.png", (mix.seed, 0, i), NODULE, films[i].patient, films[i])
-            for i in self.chosen
-        ]
-
-    def draw(self, i: int) -> tuple[Tensor, np.ndarray, tuple[int, ...]]:
-        """As `_Whole.draw`; the key has the number of a try that was made for the host's lungs."""
-        slot = self.mixed.slot(self.chosen[i])
-        pixels, _ = self.mixed[self.chosen[i]]
-        return pixels[0], slot.boxes.astype(np.float64), slot.key
+def _make(item: Item, applier: Applier, planner: Planner, settings: Mapping[str, Any]) -> tuple[bytes, Provenance]:
+    """Return an image as a PNG file's bytes, and the record in it; the key of a graft has the number of its try."""
+    decision, size, bits = planner.regenerate(item.key, item.class_name), settings["size"], settings["bits"]
+    if item.background is None:
+        image = applier.whole_images([decision], torch.device("cpu"))
+        side = size or image.shape[-1]
+        pixels = (resize(image, (side, side))[0, 0] + 1) / 2
+    else:
+        real = item.background.read(size)[None]
+        placed = applier.place(real, [decision], planner)
+        decision, pixels = placed.decisions[0], applier.pixels(real, placed)[0][0][0]
+    height, width = pixels.shape
+    boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in decision.boxes.astype(np.float64).clip(0, 1).tolist())
+    record = Provenance(decision.key, boxes=boxes, width=width, height=height, **_facts(item, settings))
+    levels = (pixels.double().clamp(0, 1) * (2**bits - 1)).round().numpy()
+    file = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint8 if bits == 8 else np.uint16)).save(file, "PNG", pnginfo=record.png_info())
+    return file.getvalue(), record
 
 
 # --- Files ---
-def _png(pixels: Tensor, image: _Image, key: tuple[int, ...], boxes: np.ndarray, settings: Mapping[str, Any]) -> bytes:
-    bits, levels = settings["bits"], 2 ** settings["bits"] - 1
-    height, width = pixels.shape
-    told = Provenance(
-        key=key,
-        weights_hash=settings["weights_hash"],
-        class_name=image.class_name,
-        insertion=settings["insertion"],
-        host=None if image.host is None else Path(image.host.path).name,
-        boxes=tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in boxes.clip(0, 1).tolist()),
-        width=width,
-        height=height,
-        bits=bits,
-    )
-    grey = (pixels.double().clamp(0, 1) * levels).round().numpy().astype(np.uint8 if bits == 8 else np.uint16)
-    file = io.BytesIO()
-    Image.fromarray(grey).save(file, "PNG", pnginfo=told.png_info())
-    return file.getvalue()
+def _facts(item: Item, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is in the record of an image before it is made."""
+    background = None if item.background is None else item.background.path.name
+    same = {name: settings[name] for name in ("weights_hash", "insertion", "bits")}
+    return {"class_name": item.class_name, "background": background, **same}
 
 
-def _record(path: Path, image: _Image, settings: Mapping[str, Any]) -> Provenance | None:
-    """The record of a finished image, or None if there is none or it is not this one."""
-    told = Provenance.read(path)
-    if told is None:
+def _read_record(path: Path, item: Item, settings: Mapping[str, Any]) -> Provenance | None:
+    """Return the record of a finished image, or None if there is none or it is not this one."""
+    record = Provenance.read(path)
+    if record is None or record.key[:3] != item.key:
         return None
-    same = (
-        told.key[:3] == image.key
-        and told.class_name == image.class_name
-        and told.host == (None if image.host is None else Path(image.host.path).name)
-        and all(getattr(told, name) == settings[name] for name in ("weights_hash", "insertion", "bits"))
-    )
-    return told if same else None
-
-
-def _collected(folder: Path, images: Sequence[_Image], settings: Mapping[str, Any], patience: float) -> list[Exported]:
-    """The records of all images, in order; waits for those of other processes."""
-    found: dict[str, Exported] = {}
-    last = time.monotonic()
-    while True:
-        before = len(found)
-        for image in images:
-            if image.name not in found:
-                told = _record(folder / "images" / image.name, image, settings)
-                if told is not None:
-                    row = {} if image.host is None else image.host.row
-                    found[image.name] = Exported(image.name, image.patient, told, row)
-        if len(found) == len(images):
-            return [found[image.name] for image in images]
-        if len(found) > before:
-            last = time.monotonic()
-        elif time.monotonic() - last > patience:
-            raise ExportError(
-                f"{folder}: {len(images) - len(found)} of {len(images)} images have not come from the other processes "
-                f"for {patience:g} s: see why they stopped and whether they write to this folder, then run the same "
-                "command again"
-            )
-        time.sleep(0.2)
+    return record if _facts(item, settings).items() <= vars(record).items() else None
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder this export's, or raises ExportError if it is something else's."""
-    marker = folder / MARKER
-    there = [entry.name for entry in folder.iterdir() if entry.name[0] != "."] if folder.is_dir() else []
+    """Make the folder this export's, or raise ExportError if it is something else's."""
+    marker, other = folder / MARKER, next((path.name for path in folder.glob("[!.]*")), None)
     if not marker.is_file():
-        if there:
-            raise ExportError(
-                f"{folder} must be new, empty or an export, got other files in it ({there[0]}): choose one"
-            )
+        _require(other is None, f"{folder} must be new, empty or an export, got {other} in it: choose one", ExportError)
         folder.mkdir(parents=True, exist_ok=True)
         _put(marker, _json({"synthetic": True, "notice": NOTICE, "settings": settings}))
     try:
@@ -301,22 +185,18 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         differing = [name for name in settings if old.get(name) != settings[name]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{marker}: unreadable ({error}): choose another folder") from error
-    if differing:
-        told = ", ".join(f"{name} {old.get(name)!r} there and {settings[name]!r} now" for name in differing)
-        raise ExportError(
-            f"{folder} must be an export of the same settings, got {told}: choose another folder, or give those "
-            "settings to go on with this one"
-        )
-    (folder / "images").mkdir(exist_ok=True)
-    (folder / "labels").mkdir(exist_ok=True)
+    got = ", ".join(f"{name} {old.get(name)!r} there and {settings[name]!r} now" for name in differing)
+    remedy = "choose another folder, or give those settings to go on with this one"
+    _require(not differing, f"{folder} must be an export of the same settings, got {got}: {remedy}", ExportError)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(exist_ok=True)
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Write a file whole or not at all."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("wb") as file:
-            file.write(data)
+        part.write_bytes(data)
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):
@@ -325,7 +205,10 @@ def _put(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
+def _working_in(folder: Path) -> Iterator[None]:
+    """Name a full disk, and use one thread: the order of torch's sums, and so the last bit, may depend on them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     except OSError as error:
@@ -335,51 +218,41 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
             f"{folder}: no space left on the disk ({error}); all finished files are whole: make room and run the same "
             "command again, which goes on from there"
         ) from error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for torch: the order of its sums, and so the last bit, may depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _prior_hash(prior: LocationPrior) -> str:
-    """SHA-256 of some draws and of the lung field: of all that a prior does here, one that is narrowed too."""
-    told = hashlib.sha256(prior.field.numpy().tobytes())
-    for i in range(PRIOR_DRAWS):
-        told.update(prior.draw(stream(0, 0, i)).tobytes())
-    return told.hexdigest()
+def _hash_prior(prior: Any) -> str:
+    """Return SHA-256 of some draws and of the lung field: of all that a prior does here, a restricted one too."""
+    draws = [prior.draw(stream(0, 0, i)).tobytes() for i in range(PRIOR_DRAWS)]
+    return hashlib.sha256(b"".join([prior.field.numpy().tobytes(), *draws])).hexdigest()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_json(settings)).hexdigest()
-
-
-def _check(
-    n: int | None, normal: int, hosts: Any, size: int | None, bits: int, split: str, rank: int, world_size: int
-) -> int | None:
+def _check(n: int | None, normal: int, backgrounds: Any, size: int | None, bits: int, split: str, out: Path) -> None:
     for name, value, low in (("n", n, 0), ("normal", normal, 0), ("size", size, 16)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value < 10**9):
-            raise ValueError(f"{name} must be an integer of at least {low} and below 10**9, got {value!r}")
-    if bits not in (8, 16):
-        raise ValueError(f"bits must be 8 or 16, got {bits!r}")
-    if split == "test":
-        raise ValueError("split must be train or val, got 'test': the test split is for evaluation on real films alone")
-    if split not in SPLITS:
-        raise ValueError(f"split must be train or val, got {split!r}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in [0, world_size - 1], got rank {rank} of {world_size}")
-    if hosts is not None and normal:
-        raise ValueError(f"normal must be 0 with hosts, whose own films are the normal ones, got {normal}")
-    if hosts is not None and n == 0 or hosts is None and not (n or 0) + normal:
-        raise ValueError(f"n and normal must be at least 1 together, got n={n} and normal={normal}")
-    return n
+        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value < 10**9
+        if value is not None or name == "normal":
+            _require(fits, f"{name} must be an integer of at least {low} and below 10**9, got {value!r}")
+    _require(bits in (8, 16), f"bits must be 8 or 16, got {bits!r}")
+    reason = "the test split is for evaluation on real images alone"
+    _require(split in ("train", "val"), f"split must be train or val, got {split!r}: {reason}")
+    together = f"n and normal must be at least 1 together, got n={n} and normal={normal}"
+    if backgrounds is None:
+        _require(bool(n or normal), together)
+    else:
+        _require(not normal, f"normal must be 0 with backgrounds, which are normal images themselves, got {normal}")
+        _require(n != 0, together)
+        inside = Path(backgrounds).resolve() in (out.resolve(), *out.resolve().parents)
+        _require(not inside, f"out must not lie in the folder of backgrounds {backgrounds}, got {out}")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    remedy = "run it without torchrun, in one process, which goes on where it was cut"
+    _require(processes == "1", f"WORLD_SIZE must be 1 for an export, got {processes}: {remedy}")
+
+
+def _require(fits: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not fits:
+        raise error(message)

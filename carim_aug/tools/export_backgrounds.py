@@ -1,6 +1,5 @@
-"""Normal films on disk that nodules are grafted into, with the patient of each."""
+"""Normal images on disk that nodules are grafted into, with the patient of each."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -8,115 +7,74 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional
 
 from carim_aug.data.chestxray14 import ChestXray14
-from carim_aug.data.errors import DataError
-from carim_aug.data.images import IMAGE_SUFFIXES, read_grey
-from carim_aug.data.tables import read_rows
+from carim_aug.data.io import IMAGE_SUFFIXES, DataError, read_grey, read_rows
+from carim_aug.data.provenance import export_over
+from carim_aug.ops.images import resize
 
 _NAMED = 2 * 10**15  # patients without a number: their name's hash is added
 
 
 @dataclass(frozen=True)
-class Film:
-    """A normal film.
+class Background:
+    """A normal image."""
 
-    Attributes:
-        path: of the file.
-        patient: a number of the patient.
-        row: of ChestX-ray14's main table, column to text; empty without a table.
-    """
-
-    path: str
+    path: Path
     patient: int
-    row: dict[str, str] = field(default_factory=dict)
+    row: dict[str, str] = field(default_factory=dict)  # of ChestX-ray14's main table, column to text; or empty
 
-    @property
-    def stem(self) -> str:
-        """The file's name without its suffix."""
-        return Path(self.path).stem
+    def read(self, size: int | None = None) -> Tensor:
+        """Return the image (1, H, W) float32, [0, 1], at this width and height or as it is; DataError if unreadable."""
+        image = read_grey(self.path).as_subclass(Tensor).to(torch.float32) / 255
+        return image if size is None else resize(image[None], (size, size))[0].clamp(0, 1)
 
 
-def find_films(folder: str | Path, split: str) -> list[Film]:
-    """Gives the normal films of a folder, by file name.
+def find_backgrounds(folder: str | Path, split: str) -> list[Background]:
+    """Return the normal images of a folder, by file name.
 
-    Args:
-        folder: in ChestX-ray14's layout: its images without a finding in the split; or of images at any depth, which
-            are all taken for normal. There the patient is the number before the first underscore of the file's name;
-            for a name that is none, its hash, 2 * 10**15 to 3 * 10**15.
-        split: "train" or "val"; means nothing in a plain folder.
+    They are the images without a finding of a split ("train" or "val") of a folder in ChestX-ray14's layout, or all
+    images of a plain folder, at any depth. There the patient is the number before the first underscore of the file's
+    name; for a name that is none, its hash, 2 * 10**15 to 3 * 10**15.
 
     Raises:
-        DataError: no such folder, no such film, a bad table, or two files of one name.
+        DataError: no such folder, no such image, a bad table, or two files of one name.
+        ValueError: the images are an export's.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    listed = sorted(root.glob("Data_Entry_2017*.csv"))
-    if listed:
-        rows = {row["Image Index"]: row for _, row in read_rows(listed[-1], ("Image Index",))}
-        films = ChestXray14(root, split=split, findings=["No Finding"], missing="skip")
-        pairs = zip(films.filenames, films.paths, films.patients.tolist(), strict=True)
-        found = [Film(path, patient, rows[name]) for name, path, patient in pairs]
+    tables = sorted(root.glob("Data_Entry_2017*.csv"))
+    if tables:
+        rows = {row["Image Index"]: row for _, row in read_rows(tables[-1], ("Image Index",))}
+        data = ChestXray14(root, split=split, findings=["No Finding"], missing="skip")
+        entries = zip(data.filenames, data.paths, data.patients.tolist(), strict=True)
+        found = [Background(Path(path), patient, rows[name]) for name, path, patient in entries]
     else:
-        paths = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
-        found = [Film(str(path), _patient(path.stem)) for path in paths]
+        paths = (path for path in root.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = [Background(path, _patient_of(path.stem)) for path in paths]
     if not found:
-        raise DataError(f"{root}: no normal film of split {split!r}" if listed else f"{root}: no image in this folder")
-    found.sort(key=lambda film: film.stem)
+        raise DataError(f"{root}: no normal image of split {split!r}" if tables else f"{root}: no image in this folder")
+    found.sort(key=lambda background: background.path.stem)
     for one, other in zip(found, found[1:], strict=False):
-        if one.stem == other.stem:
+        if one.path.stem == other.path.stem:
             raise DataError(f"{root}: files must differ in name, got {one.path} and {other.path}")
+    synthetic = export_over(background.path.parent for background in found)
+    if synthetic is not None:
+        raise ValueError(f"backgrounds must be real images, got the synthetic ones of {synthetic}")
     return found
 
 
-class Hosts(Dataset[tuple[Tensor, int]]):
-    """Films as a data set of normal images, label 0 of ("No Finding", "Nodule").
-
-    Args:
-        films: at least one.
-        size: width and height in pixels to which they are resized; None: as they are.
-    """
-
-    classes = ("No Finding", "Nodule")
-
-    def __init__(self, films: Sequence[Film], *, size: int | None = None) -> None:
-        """Keeps the list; reads no image."""
-        self.films, self.size = list(films), size
-        self.targets = [0] * len(self.films)
-        self._last: tuple[int, Tensor] | None = None  # decision and graft read a film one after the other
-
-    def __len__(self) -> int:
-        """Number of films."""
-        return len(self.films)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        """Gives the image (1, H, W) float32, [0, 1], and label 0.
-
-        Raises:
-            DataError: an unreadable file.
-        """
-        if self._last is None or self._last[0] != i:
-            self._last = i, self._read(i)
-        return self._last[1], 0
-
-    def digest(self) -> str:
-        """Gives a hash of the films' names and file sizes, in order."""
-        told = blake2b(digest_size=16)
-        for film in self.films:
-            told.update(f"{film.stem!r} {film.patient} {os.path.getsize(film.path)}\n".encode())
-        return told.hexdigest()
-
-    def _read(self, i: int) -> Tensor:
-        image = read_grey(self.films[i].path).as_subclass(Tensor).to(torch.float32) / 255
-        if self.size is None or tuple(image.shape[-2:]) == (self.size, self.size):
-            return image
-        return functional.resize(image, [self.size, self.size], antialias=True).clamp(0, 1)
+def hash_backgrounds(backgrounds: Sequence[Background]) -> str:
+    """Return a hash of names, patients and file sizes, in order."""
+    digest = blake2b(digest_size=16)
+    for background in backgrounds:
+        size = background.path.stat().st_size
+        digest.update(f"{background.path.stem!r} {background.patient} {size}\n".encode())
+    return digest.hexdigest()
 
 
-def _patient(stem: str) -> int:
+def _patient_of(stem: str) -> int:
     name = stem.partition("_")[0]
     if name.isascii() and name.isdigit() and len(name) <= 15:
         return int(name)

@@ -1,7 +1,8 @@
-"""Pictures of what a generator and a prior make, and of a mixed batch (METHOD 2; Fig. 6 of the source)."""
+"""Pictures of grafts, of whole images with and without a mask (Fig. 6 of Ann (2021)), and of mixed batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,145 +11,145 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from carim_aug.generators.base import Generator, is_generator
-from carim_aug.generators.render import Renderer
-from carim_aug.location.placement import placed
-from carim_aug.location.prior import LocationPrior
-from carim_aug.ops.boxes import as_size, boxes_to_masks, check_boxes
+from carim_aug.data.phantom import phantom_chest
+from carim_aug.ops.boxes import boxes_to_masks, check_boxes
 from carim_aug.ops.images import resize
 from carim_aug.ops.value_range import ValueRange
-from carim_aug.transforms.graft import graft
+from carim_aug.transforms.apply import Applier
 from carim_aug.transforms.mix import SyntheticNoduleMix
-from carim_aug.transforms.plan import NO_BOXES, MixParams, Planner, Slot
+from carim_aug.transforms.plan import NO_BOXES, Decision, MixParams
+from carim_aug.transforms.settings import Graft, MixSettings
 
-COLOUR = (255, 190, 0)
-"""Of outlines and frames."""
-GAINS = (1, 2, 4, 8, 16, 32)
-"""By which differences may be amplified."""
-ZOOM = 3
-"""Of the magnified crops: a nodule is about 5 pixels wide at 128."""
+COLOUR = (255, 190, 0)  # of outlines and frames
+GAINS = (1, 2, 4, 8, 16, 32)  # by which what is added may be amplified
+ZOOM = 3  # of the close-ups: a nodule is about 5 pixels wide at 128
+PHANTOM_SIZE = 256  # side of a phantom in pixels, where no other background is at hand
 _GAP, _LINE, _FONT = 4, 18, 13  # pixels between panels, of a line of text, of its letters
 _SYMMETRIC = ValueRange.of("symmetric")
 
 
 def contact_sheet(
-    source: SyntheticNoduleMix | tuple[Generator, LocationPrior],
+    source: SyntheticNoduleMix | tuple[Any, Any],
     real: Tensor | None = None,
     *,
     n: int = 6,
     seed: int = 0,
     size: int = 192,
+    twins: bool = True,
 ) -> Image.Image:
-    """A row per sample: host, mask, normal and nodule image of one noise, their difference, the graft, and close-ups.
+    """Draw a row per sample: background, graft, its box, close-ups, what was added; mask and whole images of one noise.
 
     Args:
-        source: a mix, or a generator and a prior.
-        real: hosts of the grafts, (m, 1, H, W) or (m, H, W) float in [-1, 1], m >= 1, taken in turn; None: synthetic
-            normal images are the hosts, and the headings say so.
+        source: a mix, whose placement, strength and gate hold here too; or a generator and a prior.
+        real: backgrounds, (m, 1, H, W) or (m, H, W) float in [-1, 1], m >= 1, taken in turn; None: synthetic normal
+            images, or phantoms if the generator makes no whole images.
         n: rows, at least 1.
         seed: of noise and boxes, 0 to 2**64 - 1.
         size: side of a panel in pixels, at least 32.
+        twins: whether to show mask, G(z, 0) and G(z, C), if the generator makes whole images.
 
     Returns:
-        An RGB picture; its last line says that it is synthetic, of which weights and seed. `info["carim_aug"]` too.
+        An RGB picture; its last line says what is synthetic, of which weights and seed. `info["carim_aug"]` too.
 
     Raises:
-        TypeError: another source, or hosts that are no tensor.
-        ValueError: numbers or hosts that break their rules.
+        TypeError, ValueError: an argument that breaks its rule, or a generator without residuals.
     """
-    generator, prior = _parts(source)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if size < 32:
-        raise ValueError(f"size must be at least 32, got {size}")
-    if real is not None:
-        real = _hosts(real)
-
-    # Hosts: real ones, or other normal images. Then plan for them and render, with the box and without it.
-    planner, render = Planner(prior, seed=seed, nodule="Nodule", chances={}), Renderer(generator).whole
-    if real is None:
-        others = [planner.regenerate((seed, 1, i), "No Finding") for i in range(n)]
-        hosts = render(others, torch.device("cpu"))
+    _check_least(n=(n, 1), size=(size, 32))
+    if isinstance(source, SyntheticNoduleMix):
+        generator, prior, graft = source.generator, source.prior, source.settings.graft
+    elif isinstance(source, tuple) and len(source) == 2:
+        generator, prior, graft = *source, Graft()
     else:
-        hosts = real[[i % len(real) for i in range(n)]]
-    slots = placed(hosts, [planner.regenerate((seed, 0, i), "Nodule") for i in range(n)], planner)
-    bare = [replace(slot, boxes=NO_BOXES) for slot in slots]
-    nodule, normal = render([*slots, *bare], torch.device("cpu")).chunk(2)
-    differences = nodule - normal
-    grafts = graft(hosts, differences, slots, _SYMMETRIC)
-    gain = _gain(differences)
+        raise TypeError(f"source must be a SyntheticNoduleMix or (generator, prior), got {type(source).__name__}")
+    settings = MixSettings(prior, seed=seed, graft=graft, value_range=_SYMMETRIC)
+    applier, planner, cpu = Applier(settings, generator, "cpu"), settings.planner(settings.labels), torch.device("cpu")
+    whole = hasattr(generator, "images")
+
+    # Backgrounds, and the product's own grafts in them.
+    if real is not None:
+        backgrounds, kind = _check_real(real), "real"
+        backgrounds = backgrounds[[i % len(backgrounds) for i in range(n)]]
+    elif whole:
+        others = [planner.regenerate((seed, 1, i), "No Finding") for i in range(n)]
+        backgrounds, kind = applier.whole_images(others, cpu), "synthetic"
+    else:
+        phantoms = [phantom_chest(PHANTOM_SIZE, seed=seed + i) for i in range(n)]
+        backgrounds, kind = torch.stack(phantoms) * 2 - 1, "phantom"
+    placed = applier.place(backgrounds, [planner.regenerate((seed, 0, i), "Nodule") for i in range(n)], planner)
+    decisions = placed.decisions
+    grafts = torch.as_tensor(applier.pixels(backgrounds, placed)[0])
+    added = grafts - backgrounds
+    gain = max((gain for gain in GAINS if gain * float(added.abs().max()) <= 1), default=1)
 
     # Panels, column by column.
-    side = generator.image_size
-    masks = F.interpolate(boxes_to_masks(_boxes(slots, side), side), (size, size))  # nearest: pixels as they are
     columns = {
-        "host: synthetic normal" if real is None else "real": _panels(hosts, size),
-        "mask C": _panels(masks * 2 - 1, size),
-        "synthetic normal G(z,0)": _panels(normal, size),
-        "synthetic nodule G(z,C)": _outlined(_panels(nodule, size), slots),
-        f"the same, x{ZOOM}": _close_ups(nodule, slots, size),
-        f"difference x{gain}": _panels(differences * gain, size),
-        "graft into the host" if real is None else "graft into the real one": _panels(grafts, size),
-        "the same, outlined": _outlined(_panels(grafts, size), slots),
-        f"graft, x{ZOOM}": _close_ups(grafts, slots, size),
+        f"background: {kind}": _to_panels(backgrounds, size),
+        "graft": _to_panels(grafts, size),
+        "graft, its box": _outline_all(_to_panels(grafts, size), decisions),
+        f"background, x{ZOOM}": _close_ups(backgrounds, decisions, size),
+        f"graft, x{ZOOM}": _close_ups(grafts, decisions, size),
+        f"added, x{gain}": _to_panels(added * gain, size),
     }
-    rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
-    kind = "All synthetic" if real is None else "All synthetic but the column 'real' and what surrounds the grafts"
-    about = f"{kind}; carim_aug, weights {generator.weights_hash[:12]}, seed {seed}. Difference: grey is 0."
-    return _sheet(rows, len(columns), headings=list(columns), footer=about)
+    if whole and twins:
+        boxes = [decision.boxes_at(generator.image_size, generator.image_size) for decision in decisions]
+        masks = F.interpolate(boxes_to_masks(boxes, generator.image_size), (size, size))  # nearest: pixels as they are
+        without = applier.whole_images([replace(decision, boxes=NO_BOXES) for decision in decisions], cpu)
+        nodule = applier.whole_images(decisions, cpu)
+        columns |= {
+            "mask C": _to_panels(masks * 2 - 1, size),
+            "whole image G(z, 0)": _to_panels(without, size),
+            "whole image G(z, C)": _outline_all(_to_panels(nodule, size), decisions),
+            f"G(z, C), x{ZOOM}": _close_ups(nodule, decisions, size),
+        }
+    said = {"real": "All synthetic but the real backgrounds", "phantom": "Synthetic nodules in phantoms"}
+    strengths = " to ".join(dict.fromkeys(f"{strength:g}" for strength in graft.strength))  # type: ignore[union-attr]
+    about = f"{said.get(kind, 'All synthetic')}; carim_aug, weights {generator.weights_hash[:12]}, seed {seed}, "
+    panels = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    footer = f"{about}strength {strengths}. Added: grey is 0."
+    return _lay_out(panels, len(columns), headings=list(columns), footer=footer)
 
 
 def batch_sheet(
     images: Tensor, params: MixParams, *, value_range: Any = "auto", size: int = 128, per_row: int = 8
 ) -> Image.Image:
-    """A mixed batch: synthetic slots framed and named, inserted boxes outlined.
+    """Draw a mixed batch in panels of `size` pixels: synthetic images framed and named, inserted boxes outlined.
 
     Args:
-        images: (B, C, H, W), C 1 or 3, in `value_range`.
-        params: what was decided for the batch, such as `mix.last_params`.
-        value_range: of the images, as `SyntheticNoduleMix` takes it.
-        size: side of a panel in pixels, at least 32.
-        per_row: panels in a row, at least 1.
-
-    Raises:
-        ValueError: images and params of different batches, or a size that is too small.
+        images: (B, C, H, W), C 1 or 3, in `value_range`, as `SyntheticNoduleMix` takes it.
+        params: what was decided for the batch, such as `mix.last_params`; of another one is a ValueError.
     """
-    if len(images) != len(params.slots):
-        raise ValueError(f"params must be of {len(images)} slots, as the images are, got {len(params.slots)}")
-    if size < 32 or per_row < 1:
-        raise ValueError(f"size must be at least 32 and per_row at least 1, got {size} and {per_row}")
+    decisions = params.decisions
+    if len(images) != len(decisions):
+        raise ValueError(f"params must be of {len(images)} images, got {len(decisions)}")
+    _check_least(size=(size, 32), per_row=(per_row, 1))
     grey = ValueRange.of(value_range).to_symmetric(images.detach().cpu()).float()
-    panels = _outlined(_panels(grey, size), params.slots)
-    for panel, slot in zip(panels, params.slots, strict=True):
-        if slot.synthetic:
-            frame = torch.tensor(COLOUR, dtype=torch.uint8)[:, None, None]
+    panels = _outline_all(_to_panels(grey, size), decisions)
+    frame = torch.tensor(COLOUR, dtype=torch.uint8)[:, None, None]
+    for panel, decision in zip(panels, decisions, strict=True):
+        if decision.synthetic:
             panel[:, :3], panel[:, -3:], panel[:, :, :3], panel[:, :, -3:] = frame, frame, frame, frame
-    names = [f"synthetic {slot.class_name}" if slot.synthetic else "as it came" for slot in params.slots]
+    names = [f"synthetic {d.class_name}" if d.synthetic else "as it came" for d in decisions]
     about = f"Framed: synthetic ({params.insertion}); carim_aug, weights {params.weights_hash[:12]}"
-    return _sheet(panels, min(per_row, len(panels)), names=names, footer=about)
+    return _lay_out(panels, min(per_row, len(panels)), names=names, footer=about)
 
 
 def outline(image: Tensor, boxes: Tensor, *, margin: int = 2) -> Tensor:
-    """The image with a line one pixel wide around each box, `margin` pixels away from it; what is inside stays.
+    """Return an image (3, H, W) uint8 with a line one pixel wide around each box; what is inside stays.
 
     Args:
         image: (1 or 3, H, W) uint8; not changed.
         boxes: (k, 4) XYXY in pixels of the image; k may be 0.
         margin: pixels between box and line, at least 0.
 
-    Returns:
-        (3, H, W) uint8.
-
     Raises:
-        TypeError: boxes that are no tensor.
-        ValueError: an image or boxes that break their rules.
+        TypeError, ValueError: an argument that breaks its rule.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
         raise ValueError(f"image must be (1 or 3, H, W) uint8, got {tuple(image.shape)} {image.dtype}")
-    if margin < 0:
-        raise ValueError(f"margin must be at least 0, got {margin}")
+    _check_least(margin=(margin, 0))
     height, width = image.shape[-2:]
     check_boxes(boxes, (height, width))
     colour = image.expand(3, -1, -1).clone()
@@ -161,23 +162,17 @@ def outline(image: Tensor, boxes: Tensor, *, margin: int = 2) -> Tensor:
     return draw_bounding_boxes(colour, line, colors=COLOUR, width=1)
 
 
-def stacked(*sheets: Image.Image) -> Image.Image:
-    """Pictures one below the other, left-aligned; `info` is that of the first."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    whole.info.update(sheets[0].info)
-    return whole
+def stack_pictures(*pictures: Image.Image) -> Image.Image:
+    """Put pictures one below the other, left-aligned; `info` is that of the first."""
+    both = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for picture, top in zip(pictures, accumulate((p.height for p in pictures), initial=0), strict=False):
+        both.paste(picture, (0, top))
+    both.info.update(pictures[0].info)
+    return both
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Writes a picture as PNG, with a text chunk "carim_aug" that says what it is.
-
-    Raises:
-        ValueError: the path does not end with .png.
-    """
+    """Write a picture as PNG (another suffix is a ValueError), with a text "carim_aug" that says what it is."""
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"path must end with .png, got {str(path)!r}")
     chunks = PngInfo()
@@ -186,75 +181,59 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     picture.save(path, pnginfo=chunks)
 
 
-def _parts(source: Any) -> tuple[Generator, LocationPrior]:
-    if isinstance(source, SyntheticNoduleMix):
-        return source.generator, source.prior
-    if isinstance(source, tuple) and len(source) == 2:
-        generator, prior = source
-        if is_generator(generator) and isinstance(prior, LocationPrior):
-            return generator, prior
-    raise TypeError(
-        f"source must be a SyntheticNoduleMix or a pair of a generator and a LocationPrior, got {type(source).__name__}"
-    )
+def _check_least(**values: tuple[int, int]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _hosts(real: Any) -> Tensor:
+def _check_real(real: Any) -> Tensor:
+    """Return real images as (m, 1, H, W) float32 on the CPU, or raise an error that names what they are not."""
     if not isinstance(real, Tensor):
         raise TypeError(f"real must be a tensor (m, 1, H, W) or (m, H, W), got {type(real).__name__}")
-    hosts = real[:, None] if real.ndim == 3 else real
-    if hosts.ndim != 4 or hosts.shape[1] != 1 or len(hosts) == 0:
+    images = real[:, None] if real.ndim == 3 else real
+    if images.ndim != 4 or images.shape[1] != 1 or len(images) == 0:
         raise ValueError(f"real must be (m, 1, H, W) or (m, H, W) with m >= 1, got {tuple(real.shape)}")
-    if not hosts.is_floating_point():
+    if not images.is_floating_point():
         raise ValueError(f"real must be floating point in [-1, 1], got {real.dtype}")
-    _SYMMETRIC.check(hosts, "real")
-    return hosts.detach().cpu().float()
+    _SYMMETRIC.check(images, "real")
+    return images.detach().cpu().float()
 
 
-def _boxes(slots: Sequence[Slot], size: int | tuple[int, int]) -> list[Tensor]:
-    height, width = as_size(size)
-    scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-    return [torch.tensor(slot.boxes) * scale for slot in slots]
-
-
-def _gain(differences: Tensor) -> int:
-    """The largest gain that keeps all differences in [-1, 1], so that none is cut off."""
-    most = float(differences.abs().max())
-    return max((gain for gain in GAINS if gain * most <= 1), default=1)
-
-
-def _panels(images: Tensor, size: int) -> Tensor:
-    """Images (n, 1, H, W) in [-1, 1] as (n, 3, size, size) uint8."""
+def _to_panels(images: Tensor, size: int) -> Tensor:
+    """Return images (n, 1, H, W) in [-1, 1] as (n, 3, size, size) uint8."""
     square = resize(images, (size, size)).clamp(-1, 1)
     return ((square + 1) * 127.5).round().to(torch.uint8).repeat(1, 3, 1, 1)
 
 
-def _outlined(panels: Tensor, slots: Sequence[Slot]) -> Tensor:
-    boxes = _boxes(slots, panels.shape[-1])
-    return torch.stack([outline(panel, of) for panel, of in zip(panels, boxes, strict=True)])
+def _outline_all(panels: Tensor, decisions: Sequence[Decision]) -> Tensor:
+    height, width = panels.shape[-2:]
+    return torch.stack([outline(p, d.boxes_at(height, width)) for p, d in zip(panels, decisions, strict=True)])
 
 
-def _close_ups(images: Tensor, slots: Sequence[Slot], size: int) -> Tensor:
-    """A window around each sample's largest box, 1 / ZOOM of the image wide and high, kept inside the image."""
+def _close_ups(images: Tensor, decisions: Sequence[Decision], size: int) -> Tensor:
+    """Return panels of a window around each largest box, 1 / ZOOM of the image wide and high, kept inside the image."""
     height, width = images.shape[-2:]
     high, wide = max(1, height // ZOOM), max(1, width // ZOOM)
     crops = []
-    for image, slot in zip(images, slots, strict=True):
-        x1, y1, x2, y2 = max(slot.boxes.tolist(), key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+    for image, decision in zip(images, decisions, strict=True):
+        boxes = decision.boxes.tolist() or [(0.0, 0.0, 1.0, 1.0)]
+        x1, y1, x2, y2 = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         left = min(max(round((x1 + x2) / 2 * width - wide / 2), 0), width - wide)
         top = min(max(round((y1 + y2) / 2 * height - high / 2), 0), height - high)
         crops.append(image[:, top : top + high, left : left + wide])
-    return _panels(torch.stack(crops), size)
+    return _to_panels(torch.stack(crops), size)
 
 
-def _sheet(
+def _lay_out(
     panels: Tensor, columns: int, *, headings: Sequence[str] = (), names: Sequence[str] = (), footer: str
 ) -> Image.Image:
-    """Panels (n, 3, s, s) in rows; headings above the columns or names in the panels' corners; a line below."""
+    """Return panels (n, 3, s, s) in rows; headings above the columns or names in the panels' corners; a line below."""
     grid = make_grid(panels, nrow=columns, padding=_GAP, pad_value=255)
     top = _LINE if headings else 0
     sheet = Image.new("RGB", (grid.shape[2], grid.shape[1] + top + _LINE), "white")
-    sheet.paste(Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()), (0, top))
-    pen, font, step = ImageDraw.Draw(sheet), _font(), panels.shape[-1] + _GAP
+    sheet.paste(to_pil_image(grid), (0, top))
+    pen, font, step = ImageDraw.Draw(sheet), _load_font(), panels.shape[-1] + _GAP
     for i, heading in enumerate(headings):
         pen.text((_GAP + i * step, 2), heading, fill="black", font=font)
     for i, name in enumerate(names):
@@ -265,7 +244,7 @@ def _sheet(
     return sheet
 
 
-def _font() -> Any:
+def _load_font() -> Any:
     try:
         return ImageFont.load_default(_FONT)
     except (TypeError, ImportError, OSError):  # Pillow before 10.1 or without FreeType has one size

@@ -1,215 +1,237 @@
-"""What fills the planned slots of a batch: a place in the host, a verdict of the gate, pixels, labels.
+"""From decisions to pixels and labels: place, gate, generate, graft, relabel.
 
 One way for all three uses of the mix: `mix(images, labels)`, `mix.loader(...)` and `mix.wrap(...)`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from carim_aug.generators.render import Renderer
+from carim_aug.generators.base import check_device, check_source
+from carim_aug.labels.base import Change
 from carim_aug.labels.policy import LabelPolicy
-from carim_aug.location.placement import Placement, again, candidates, grounds
+from carim_aug.location.placement import candidates, find_areas
+from carim_aug.ops.boxes import boxes_to_masks
 from carim_aug.ops.images import resize
-from carim_aug.ops.value_range import ValueRange
-from carim_aug.transforms.gate import Candidates, Gates
-from carim_aug.transforms.graft import contrasts, graft, put_in, relabel, render
-from carim_aug.transforms.plan import MixParams, Planner, Slot
-from carim_aug.transforms.pool import SyntheticPool
+from carim_aug.ops.random import fold
+from carim_aug.transforms.gate import Candidates
+from carim_aug.transforms.graft import contrasts, graft
+from carim_aug.transforms.plan import Decision, MixParams, Planner
+from carim_aug.transforms.settings import MixSettings
 
 Images = Tensor | Sequence[Tensor]
 """(B, C, H, W), or B images (C, H, W) of any sizes."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """Slots that are decided for good.
+class Placed:
+    """Decisions that placement and gate have looked at."""
 
-    Attributes:
-        slots: B.
-        rendered: by place, what the generator gave for those that the gate has seen.
-    """
-
-    slots: tuple[Slot, ...]
-    rendered: dict[int, Tensor]
+    decisions: tuple[Decision, ...]
+    generated: dict[int, Tensor]  # by row, what a gate has seen: an image (1, S, S), or residuals (k, 1, S, S)
 
 
-class Filler:
-    """Settles and fills the slots of batches.
+class Applier:
+    """Places nodules, generates them with a source on a device (None: the images'), and puts them into batches."""
 
-    Args:
-        renderer: generates.
-        value_range: of the images.
-        insertion: "whole" or "graft".
-        placement: of grafts, see `carim_aug.location.placement`.
-        gates: that judge nodules; None: all pass.
-        pool: whose nodules come in place of those that the slots were planned with; None: they are rendered.
-        weights_hash: of the generator.
-    """
+    def __init__(self, settings: MixSettings, source: Any, device: torch.device | str | None = None) -> None:
+        self.settings, self.source = settings, check_source(source, settings.insertion)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be a torch.device or its name, got {device!r}: {error}") from None
+        self._checked: set[torch.device] = set()
 
-    def __init__(
-        self,
-        renderer: Renderer,
-        value_range: ValueRange,
-        *,
-        insertion: str,
-        placement: Placement,
-        gates: Gates | None,
-        weights_hash: str,
-        pool: SyntheticPool | None = None,
-    ) -> None:
-        """Keeps the parts."""
-        self.pool = pool
-        self.renderer, self.value_range, self.insertion = renderer, value_range, insertion
-        self.placement, self.gates, self.weights_hash = placement, gates, weights_hash
+    def check_labels(self, policy: LabelPolicy) -> None:
+        """Raise ValueError for boxes with a source that does not put nodules where they are."""
+        if policy.kind == "detection" and not (hasattr(self.source, "images") or hasattr(self.source, "residuals")):
+            raise ValueError(
+                f"labels must have no boxes with a {type(self.source).__name__}, which does not put the nodule where "
+                "the mask is, got detection targets"
+            )
 
-    def settle(self, images: Images, slots: Sequence[Slot], planner: Planner) -> Settled:
-        """Gives the slots as their hosts and the gate want them, from their keys and hosts alone.
+    # --- Place ---
+    def place(self, images: Images, decisions: Sequence[Decision], planner: Planner) -> Placed:
+        """Return decisions as their backgrounds and the gate want them, from keys and backgrounds alone.
 
         Args:
-            images: B hosts (C, H, W) in `value_range`.
-            slots: B decisions.
-            planner: that made them.
-
-        Raises:
-            GateError: a gate that accepts nothing.
+            images: B backgrounds (C, H, W) in the settings' value range.
+            decisions: B, made by the planner.
+            planner: draws again.
         """
-        places = [i for i, slot in enumerate(slots) if len(slot.boxes)]
-        if not places or (self.gates is None and self.insertion == "whole"):
-            return Settled(tuple(slots), {})
-        where = self.placement if self.insertion == "graft" else "prior"
-        found = grounds([images[i] for i in places], where, planner)
-        waiting = {i: candidates(self._draws(slots[i], planner), g) for i, g in zip(places, found, strict=True)}
-        chosen = list(slots)
-        rendered: dict[int, Tensor] = {}
-        for _ in range(self.gates.tries if self.gates is not None else 1):
-            drawn = {i: draw for i, draws in waiting.items() if (draw := next(draws, None)) is not None}
-            if self.gates is None:
-                for i in waiting:
-                    chosen[i] = drawn.get(i, slots[i].real())
-                return self._taken(chosen, rendered)
+        rows = [i for i, decision in enumerate(decisions) if len(decision.boxes)]
+        grafts, gates = self.settings.insertion == "graft", self.settings.graft.gates
+        if not rows or (gates is None and not grafts):
+            return Placed(tuple(decisions), {})
+        placement = self.settings.graft.placement if grafts else "prior"
+        areas = find_areas([images[i] for i in rows], placement, planner.prior.field)
+        draws = {
+            i: candidates(partial(planner.redraw, decisions[i]), area) for i, area in zip(rows, areas, strict=True)
+        }
+        chosen = list(decisions)
+        if gates is None:
+            for i, own in draws.items():
+                chosen[i] = next(own, decisions[i].real())
+            return Placed(tuple(chosen), {})
+        generated: dict[int, Tensor] = {}
+        for _ in range(gates.tries):
+            candidate = {i: draw for i, own in draws.items() if (draw := next(own, None)) is not None}
             # On the CPU one by one, so that no verdict depends on a batch, not by a rounding.
-            device = self.renderer.device or images[places[0]].device
-            groups = [[i] for i in drawn] if device.type == "cpu" else self._of_one_size(list(drawn), images)
+            device = self.device or images[rows[0]].device
+            groups = [[i] for i in candidate] if device.type == "cpu" else _of_one_size(list(candidate), images)
             for group in groups:
-                for i, slot, pixels in self._passed(images, group, drawn):
-                    chosen[i], rendered[i] = slot, pixels
-                    del waiting[i]
-            if not waiting:
+                for i, decision, pixels in self._pass_gates(images, group, candidate):
+                    chosen[i], generated[i] = decision, pixels
+                    del draws[i]
+            if not draws:
                 break
-        for i in waiting:
-            chosen[i] = slots[i].real()
-            if self.gates is not None:
-                self.gates.exhausted()
-        return self._taken(chosen, rendered)
+        for i in draws:
+            chosen[i] = decisions[i].real()
+            gates.exhaust()
+        return Placed(tuple(chosen), generated)
 
-    def pixels(self, images: Images, settled: Settled) -> tuple[Images, Tensor]:
-        """Gives the images with the synthetic slots filled, and the contrasts of grafts (`MixParams.contrasts`).
-
-        Args:
-            images: (B, C, H, W), or B images (C, H, W) of any sizes, in `value_range`. Never changed.
-            settled: of these images.
-        """
-        slots, added = settled.slots, torch.full((len(images),), math.nan)
-        places = [i for i, slot in enumerate(slots) if slot.synthetic]
-        if not places:
-            return images, added
-        known, missing = settled.rendered, [i for i in places if i not in settled.rendered]
-        if missing:
-            device = images[missing[0]].device
-            parts = self._rendered([slots[i] for i in missing], device, [images[i] for i in missing])
-            known = {**known, **dict(zip(missing, parts, strict=True))}
-        if self.insertion == "graft":
-            added[places] = contrasts(torch.stack([known[i] for i in places]), [slots[i] for i in places])
-        if isinstance(images, Tensor):
-            return self._put_in(images, slots, [known[i] for i in places]), added
-        filled = list(images)
-        for group in self._of_one_size(places, images):
-            stacked = torch.stack([images[i] for i in group])
-            new = self._put_in(stacked, [slots[i] for i in group], [known[i] for i in group])
-            for i, image in zip(group, new, strict=True):
-                filled[i] = image
-        return filled, added
-
-    def fill(self, images: Images, labels: Any, settled: Settled, policy: LabelPolicy) -> tuple[Images, Any, MixParams]:
-        """Gives images and labels with the synthetic slots filled, and what was done.
-
-        Args:
-            images: as for `pixels`. Never changed.
-            labels: B. Never changed.
-            settled: of these images.
-            policy: of the labels, resolved.
-        """
-        sizes = sizes_of(images)
-        mixed, added = self.pixels(images, settled)
-        params = MixParams(settled.slots, self.insertion, sizes[0], self.weights_hash, added)
-        if not isinstance(images, Tensor):
-            params = replace(params, sizes=sizes)
-        return mixed, relabel(labels, settled.slots, insertion=self.insertion, policy=policy, sizes=sizes), params
-
-    def _draws(self, slot: Slot, planner: Planner) -> Callable[[int], Slot]:
-        pool = self.pool
-        if pool is None:
-            return again(slot, planner)
-        return lambda number: pool.slot(slot, (*slot.key, number))
-
-    def _taken(self, slots: Sequence[Slot], rendered: dict[int, Tensor]) -> Settled:
-        """Settled slots; those from a pool with its pixels, for it may change."""
-        for i, slot in enumerate(slots):
-            if self.pool is not None and slot.entry is not None:
-                rendered[i] = self.pool.take(slot)
-        return Settled(tuple(slots), rendered)
-
-    def _rendered(self, slots: Sequence[Slot], device: torch.device, images: Sequence[Tensor]) -> Tensor:
-        if self.pool is not None and all(slot.entry is not None for slot in slots):
-            return torch.stack([self.pool.difference(slot) for slot in slots]).to(device)
-        hosts = None
-        if self.insertion == "graft" and self.renderer.sees_hosts:
-            size = (self.renderer.generator.image_size,) * 2
-            hosts = torch.cat([resize(self._grey(image[None]), size) for image in images])
-        return render(slots, device, insertion=self.insertion, renderer=self.renderer, hosts=hosts)
-
-    def _put_in(self, images: Tensor, slots: Sequence[Slot], pixels: list[Tensor]) -> Tensor:
-        made = torch.stack(pixels).to(images.device)
-        return put_in(images, slots, made, insertion=self.insertion, value_range=self.value_range)
-
-    def _passed(self, images: Images, places: list[int], drawn: dict[int, Slot]) -> list[tuple[int, Slot, Tensor]]:
-        """Places, slots and pixels of the candidates that the gates accept; their hosts are of one size."""
-        assert self.gates is not None, "asked only where there is a gate"
-        chosen = [drawn[i] for i in places]
-        device = images[places[0]].device
-        pixels = self._rendered(chosen, device, [images[i] for i in places])
-        hosts, contrast = None, torch.full((len(chosen),), math.nan)
-        if self.insertion == "graft":
-            real = torch.stack([images[i] for i in places])
-            hosts, contrast = self._grey(real), contrasts(pixels, chosen)
-            shown = self._grey(graft(real, pixels, chosen, self.value_range))
+    def _pass_gates(
+        self, images: Images, rows: list[int], candidate: dict[int, Decision]
+    ) -> Iterator[tuple[int, Decision, Tensor]]:
+        """Yield row, decision and generated pixels of the candidates that the gates accept; images of one size."""
+        gates = self.settings.graft.gates
+        assert gates is not None, "asked only where there is a gate"
+        decisions, real = [candidate[i] for i in rows], torch.stack([images[i] for i in rows])
+        generated = self._generate(decisions, list(real))
+        height, width = real.shape[-2:]
+        boxes = [decision.boxes_at(height, width) for decision in decisions]
+        if self.settings.insertion == "graft":
+            shown = self._grey(self._graft(real, decisions, generated))
+            seen = Candidates(shown, boxes, self._grey(real), self._contrasts(decisions, generated))
         else:
-            shown = resize(pixels, images[places[0]].shape[-2:])
-        height, width = shown.shape[-2:]
-        boxes = [slot.boxes_at(height, width) for slot in chosen]
-        scores, passed = self.gates.verdicts(Candidates(shown, boxes, hosts, contrast))
-        return [
-            (i, replace(slot, score=float(score)), own)
-            for i, slot, score, good, own in zip(places, chosen, scores, passed, pixels, strict=True)
-            if good
-        ]
+            shown = resize(torch.stack(generated), (height, width))
+            seen = Candidates(shown, boxes, None, torch.full((len(decisions),), math.nan))
+        scores, passed = gates.judge(seen)
+        for i, decision, score, good, pixels in zip(rows, decisions, scores, passed, generated, strict=True):
+            if good:
+                yield i, replace(decision, score=float(score)), pixels
+
+    # --- Pixels ---
+    def pixels(self, images: Images, placed: Placed) -> tuple[Images, Tensor]:
+        """Return the images with what is synthetic in them, and the contrasts of grafts (`MixParams.contrasts`).
+
+        Args:
+            images: (B, C, H, W), or B images (C, H, W) of any sizes, in the settings' value range. Never changed.
+            placed: decisions for these images.
+        """
+        decisions, added = placed.decisions, torch.full((len(images),), math.nan)
+        rows = [i for i, decision in enumerate(decisions) if decision.synthetic]
+        if not rows:
+            return images, added
+        generated, missing = dict(placed.generated), [i for i in rows if i not in placed.generated]
+        if missing:
+            more = self._generate([decisions[i] for i in missing], [images[i] for i in missing])
+            generated.update(zip(missing, more, strict=True))
+        if self.settings.insertion == "graft":
+            added[rows] = self._contrasts([decisions[i] for i in rows], [generated[i] for i in rows])
+        mixed = images.clone() if isinstance(images, Tensor) else list(images)
+        for group in [rows] if isinstance(images, Tensor) else _of_one_size(rows, images):
+            old = images[group] if isinstance(images, Tensor) else torch.stack([images[i] for i in group])
+            new = self._insert(old, [decisions[i] for i in group], [generated[i] for i in group])
+            for i, image in zip(group, new, strict=True):
+                mixed[i] = image
+        return mixed, added
+
+    def apply(
+        self, images: Images, labels: Any, placed: Placed, policy: LabelPolicy, weights_hash: str
+    ) -> tuple[Images, Any, MixParams]:
+        """Return images and labels (both never changed in place) with what is synthetic in them, and what was done."""
+        sizes = sizes_of(images)
+        mixed, added = self.pixels(images, placed)
+        params = MixParams(placed.decisions, self.settings.insertion, sizes, weights_hash, contrasts=added)
+        changes = [self.change(i, decision, sizes[i]) for i, decision in enumerate(placed.decisions)]
+        return mixed, policy.change(labels, [change for change in changes if change is not None]), params
+
+    def change(self, row: int, decision: Decision, size: tuple[int, int]) -> Change | None:
+        """Return what a decision does to the label of an image of a size; None for a real one."""
+        if decision.class_name is None:
+            return None
+        whole = self.settings.insertion == "whole"
+        return Change(row, decision.class_name, decision.boxes_at(*size), size, whole)
+
+    def _insert(self, images: Tensor, decisions: Sequence[Decision], generated: Sequence[Tensor]) -> Tensor:
+        if self.settings.insertion == "graft":
+            return self._graft(images, decisions, generated)
+        resized = resize(torch.stack(list(generated)).to(images.device), images.shape[-2:])
+        return self.settings.value_range.from_symmetric(resized, channels=images.shape[1], dtype=images.dtype)
+
+    def _graft(self, images: Tensor, decisions: Sequence[Decision], residuals: Sequence[Tensor]) -> Tensor:
+        height, width = images.shape[-2:]
+        boxes, strengths = [d.boxes_at(height, width) for d in decisions], [d.strength for d in decisions]
+        every = torch.cat(list(residuals)).to(images.device)
+        return graft(images, every, boxes, strengths, self.settings.value_range)
+
+    def _contrasts(self, decisions: Sequence[Decision], residuals: Sequence[Tensor]) -> Tensor:
+        size = self.source.image_size
+        boxes = [decision.boxes_at(size, size) for decision in decisions]
+        return contrasts(torch.cat(list(residuals)), boxes, [decision.strength for decision in decisions])
+
+    @torch.no_grad()
+    def _generate(self, decisions: Sequence[Decision], images: Sequence[Tensor]) -> list[Tensor]:
+        """Return what is generated for each decision, in one call: see `Placed.generated`."""
+        size, device = self.source.image_size, self.device or images[0].device
+        if self.settings.insertion == "whole":
+            return list(self.whole_images(decisions, device))
+        self._check_device(device)
+        boxes = [decision.boxes_at(size, size) for decision in decisions]
+        counts = [len(own) for own in boxes]
+        masks = boxes_to_masks(list(torch.cat(boxes)[:, None]), size).to(device)
+        regions = torch.cat([resize(self._grey(image[None]), (size, size)) for image in images])
+        regions = regions.to(device).repeat_interleave(torch.tensor(counts, device=device), dim=0)
+        seeds = [d.noise_seed if j == 0 else fold(d.noise_seed, j) for d in decisions for j in range(len(d.boxes))]
+        return list(self._check(self.source.residuals(regions, masks, seeds), len(masks), 2).split(counts))
+
+    @torch.no_grad()
+    def whole_images(self, decisions: Sequence[Decision], device: torch.device) -> Tensor:
+        """Return generated images (n, 1, S, S) float32, [-1, 1], on the device where they are generated."""
+        self._check_device(device)
+        size = self.source.image_size
+        boxes, seeds = [d.boxes_at(size, size) for d in decisions], [d.noise_seed for d in decisions]
+        masks = boxes_to_masks(boxes, size).to(device)
+        if hasattr(self.source, "images"):
+            made = self.source.images(masks, seeds)
+        else:
+            made = self.source.class_images(masks.flatten(1).any(dim=1), seeds)
+        return self._check(made, len(masks), 1)
+
+    def _check_device(self, device: torch.device) -> None:
+        if device not in self._checked or get_worker_info() is not None:  # once: on CUDA it waits for the device
+            check_device(device)
+            self._checked.add(device)
+
+    def _check(self, made: Tensor, n: int, largest: float) -> Tensor:
+        """Return what a source made, if it keeps to its protocol; values are looked at on the CPU only."""
+        name, size = type(self.source).__name__, self.source.image_size
+        shape = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        if shape != (n, 1, size, size):
+            raise ValueError(f"{name} must give images ({n}, 1, {size}, {size}), got {shape}")
+        if made.device.type == "cpu" and not bool((made.abs() <= largest + 1e-3).all()):
+            low, high = float(made.min()), float(made.max())
+            raise ValueError(f"{name} must give images in [-{largest}, {largest}], got {low:g} to {high:g}")
+        return made
 
     def _grey(self, images: Tensor) -> Tensor:
-        return self.value_range.to_symmetric(images).float().mean(dim=1, keepdim=True)
-
-    @staticmethod
-    def _of_one_size(places: list[int], images: Images) -> list[list[int]]:
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i in places:
-            groups.setdefault(tuple(images[i].shape), []).append(i)
-        return list(groups.values())
+        return self.settings.value_range.to_symmetric(images).float()
 
 
 def sizes_of(images: Images) -> tuple[tuple[int, int], ...]:
-    """Gives the height and width of each image."""
+    """Return the height and width of each image."""
     return tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+
+
+def _of_one_size(rows: list[int], images: Images) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in rows:
+        groups.setdefault(tuple(images[i].shape), []).append(i)
+    return list(groups.values())

@@ -1,11 +1,12 @@
-"""Which generated nodules are good enough: rejected ones are drawn again, a bounded number of times (DESIGN 2, `gate`).
+"""Which generated nodules are good enough: rejected ones are drawn again, a bounded number of times.
 
-A gate judges one candidate after the other, from the key (seed, epoch, index, ..., try), so what passes depends on
-nothing but that key and the host.
+A gate sees one candidate after the other, from the key (seed, epoch, index, ..., try), so what passes depends on
+nothing but that key and the background.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from carim_aug.ops.boxes import boxes_to_masks, dilate_boxes
-from carim_aug.ops.cam import activation_map, enlarged
+from carim_aug.ops.cam import activation_map, enlarge
 
 ROWS = 65
 """Rows of the counts: the main process and up to 64 workers have one each, so that none overwrites another."""
@@ -24,24 +25,17 @@ HOPELESS = 256
 
 
 class GateError(RuntimeError):
-    """A gate that accepts nothing, or gives no verdict."""
+    """A gate that accepts nothing, or returns no verdict."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a gate judges.
+    """What a gate looks at."""
 
-    Attributes:
-        images: (n, 1, H, W) float32, [-1, 1]: as they would come into the batch; channels averaged.
-        boxes: n tensors (k, 4), XYXY in pixels, k >= 1.
-        hosts: (n, 1, H, W), the images without the nodule; None where the whole image is generated.
-        contrasts: (n,): ellipses minus rings of what a graft adds, as `MixParams.contrasts`; NaN for whole images.
-    """
-
-    images: Tensor
-    boxes: list[Tensor]
-    hosts: Tensor | None
-    contrasts: Tensor
+    images: Tensor  # (n, 1, H, W) float32, [-1, 1]: as they would come into the batch; channels averaged
+    boxes: list[Tensor]  # n of (k, 4), XYXY in pixels, k >= 1
+    backgrounds: Tensor | None  # (n, 1, H, W), without the nodule; None where the whole image is generated
+    contrasts: Tensor  # (n,), as `MixParams.contrasts`; NaN for whole images
 
     @property
     def masks(self) -> Tensor:
@@ -51,18 +45,17 @@ class Candidates:
 
 
 class Gate:
-    """Accepts candidates whose score lies in a window, and counts.
+    """Accepts candidates whose score lies in a window.
 
     Args:
         score: from `Candidates` to scores (n,), or to verdicts (n,) bool.
-        low: least score accepted.
-        high: largest score accepted.
-        tries: candidates of a slot; after the last one the slot stays real (an added slot shows its host as it is).
+        low, high: of the scores that are accepted.
+        tries: candidates of an image; after the last one it stays real (an added sample shows its background).
         name: in the report.
 
     Raises:
         TypeError: no function.
-        ValueError: an empty window, or a number of tries below 1.
+        ValueError: an empty window, or a number of tries outside [1, 256].
     """
 
     def __init__(
@@ -74,7 +67,6 @@ class Gate:
         tries: int = 8,
         name: str = "",
     ) -> None:
-        """Keeps the rule; nothing is judged."""
         if not callable(score):
             raise TypeError(f"gate must be a function of Candidates, a Gate or a list of them, got {score!r}")
         if not low <= high:
@@ -83,54 +75,47 @@ class Gate:
             raise ValueError(f"tries must be an integer in [1, 256], got {tries!r}")
         self.score, self.low, self.high, self.tries = score, float(low), float(high), tries
         self.name = name or getattr(score, "__name__", type(score).__name__).strip("<>")
+        self.reasons = tuple(
+            f"{self.name}: {why}" for why in ("rejected", "not finite", f"below {low:g}", f"above {high:g}")
+        )
 
-    def judged(self, candidates: Candidates) -> tuple[Tensor, list[str]]:
-        """Gives scores (n,) float32 and the reason to reject each one, "" for none.
+    def judge(self, candidates: Candidates) -> tuple[Tensor, list[str]]:
+        """Return scores (n,) float32 and the reason to reject each one, "" for none.
 
         Raises:
-            GateError: the function gave something else than n scores or verdicts.
+            GateError: the function returned something else than n scores or verdicts.
         """
         scores = torch.as_tensor(self.score(candidates))
         n = len(candidates.images)
         if scores.numel() != n:
             raise GateError(f"gate {self.name!r} must give {n} scores or verdicts, got shape {tuple(scores.shape)}")
         scores = scores.detach().reshape(n).cpu()
+        rejected, not_finite, below, above = self.reasons
         if scores.dtype == torch.bool:
-            return scores.float(), ["" if good else f"{self.name}: rejected" for good in scores.tolist()]
+            return scores.float(), ["" if good else rejected for good in scores.tolist()]
         reasons = []
         for value in scores.double().tolist():
             if not math.isfinite(value):
-                reasons.append(f"{self.name}: not finite")
-            elif value < self.low:
-                reasons.append(f"{self.name}: below {self.low:g}")
+                reasons.append(not_finite)
             else:
-                reasons.append(f"{self.name}: above {self.high:g}" if value > self.high else "")
+                reasons.append(below if value < self.low else above if value > self.high else "")
         return scores.float(), reasons
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Every reason to reject that this gate can give."""
-        return tuple(
-            f"{self.name}: {why}" for why in ("rejected", "not finite", f"below {self.low:g}", f"above {self.high:g}")
-        )
 
 
 def contrast_gate(low: float = 0.02, high: float = math.inf, *, tries: int = 8) -> Gate:
-    """Gives a gate for nodules that a graft makes too faint, or too bright, in units of the [-1, 1] image."""
+    """Return a gate for nodules that a graft makes too faint, or too bright, in units of the [-1, 1] image."""
     return Gate(_contrasts, low=low, high=high, tries=tries, name="contrast")
 
 
 def probability_gate(
     classifier: nn.Module, target: int, *, low: float = 0.0, high: float = 1.0, tries: int = 8, logits: bool = True
 ) -> Gate:
-    """Gives a gate by a classifier's probability of a nodule: neither hopeless (below low) nor trivial (above high).
+    """Return a gate by a classifier's probability of a nodule: neither hopeless (below low) nor trivial (above high).
 
     Args:
-        classifier: images (n, 1, H, W) in [-1, 1] to outputs (n, C), such as `train.classifier.densenet`'s.
+        classifier: images (n, 1, H, W) in [-1, 1] to outputs (n, C).
         target: the nodule's column.
-        low: least probability.
-        high: largest probability.
-        tries: see `Gate`.
+        low, high, tries: see `Gate`.
         logits: whether the outputs are logits; else probabilities.
     """
     if not 0 <= low <= high <= 1:
@@ -148,7 +133,7 @@ def cam_gate(
     grow: float = 0.25,
     tries: int = 8,
 ) -> Gate:
-    """Gives a gate by where a classifier sees the nodule: the share of its map inside the mask (METHOD 4).
+    """Return a gate by where a classifier sees the nodule: the share of its activation map inside the boxes.
 
     Args:
         classifier: as in `probability_gate`.
@@ -156,7 +141,7 @@ def cam_gate(
         layer: whose output the map is of; None: `classifier.activation`.
         method: of `carim_aug.ops.cam.METHODS`.
         low: least share of the positive map inside the boxes, in [0, 1].
-        grow: part of its width and height that a box is grown by on every side.
+        grow: part of its width and height by which a box is larger on every side.
         tries: see `Gate`.
     """
     if not 0 <= low <= 1:
@@ -167,6 +152,7 @@ def cam_gate(
     return Gate(_MapInside(classifier, target, chosen, method, grow), low=low, tries=tries, name="CAM inside the mask")
 
 
+# Classes and a function at the top of the module, so that spawned workers can have them.
 def _contrasts(candidates: Candidates) -> Tensor:
     return candidates.contrasts
 
@@ -179,8 +165,7 @@ class _Probability:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         with torch.no_grad(), _evaluating(self.classifier):
-            images = candidates.images.to(_device(self.classifier))
-            outputs = self.classifier(images)[:, self.target].float()
+            outputs = self.classifier(candidates.images.to(_device(self.classifier)))[:, self.target].float()
         return outputs.sigmoid() if self.logits else outputs
 
 
@@ -194,43 +179,38 @@ class _MapInside:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         size = (int(candidates.images.shape[-2]), int(candidates.images.shape[-1]))
+        images = candidates.images.to(_device(self.classifier))
         with _evaluating(self.classifier):
-            images = candidates.images.to(_device(self.classifier))
             found = activation_map(
                 self.classifier, images, self.target, layer=self.layer, method=self.method, relu=True
             )
         # A classifier squares its images, and so its maps: masks are made square in the same way.
         side = max(size)
-        maps = enlarged(found.maps.float(), side)
-        grown = [dilate_boxes(boxes, self.grow, size) for boxes in candidates.boxes]
-        masks = nn.functional.interpolate(boxes_to_masks(grown, size), size=(side, side), mode="nearest")
+        maps = enlarge(found.maps.float(), side)
+        larger = [dilate_boxes(boxes, self.grow, size) for boxes in candidates.boxes]
+        masks = nn.functional.interpolate(boxes_to_masks(larger, size), size=(side, side), mode="nearest")
         return (maps * masks.to(maps.device)).sum(dim=(1, 2, 3)) / maps.sum(dim=(1, 2, 3)).clamp(min=1e-12)
 
 
 class Gates:
-    """One gate or several, all of which must accept, with the counts of what they did.
-
-    Args:
-        gates: a `Gate`, a function of `Candidates`, or a sequence of these.
-    """
+    """Gates (or functions), all of which must accept, with the counts of what they did, shared with workers."""
 
     def __init__(self, gates: Any) -> None:
-        """Shares the counts with workers."""
         many = list(gates) if isinstance(gates, Sequence) else [gates]
         if not many:
             raise ValueError("gate must be a function of Candidates, a Gate or a list of them, got an empty list")
         self.gates = [gate if isinstance(gate, Gate) else Gate(gate) for gate in many]
         self.tries = max(gate.tries for gate in self.gates)
         self.reasons = tuple(dict.fromkeys(reason for gate in self.gates for reason in gate.reasons))
+        # Of each process: candidates, accepted, exhausted, then rejected by reason.
         self._counts = torch.zeros(ROWS, 3 + len(self.reasons), dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Shares the counts with workers again."""
         self.__dict__.update(state)
         self._counts.share_memory_()
 
-    def verdicts(self, candidates: Candidates) -> tuple[Tensor, list[bool]]:
-        """Gives the last gate's scores (n,) and whether each candidate passes all gates; counts them.
+    def judge(self, candidates: Candidates) -> tuple[Tensor, list[bool]]:
+        """Return the last gate's scores (n,) and whether each candidate passes all gates; count them.
 
         Raises:
             GateError: so many candidates, and none accepted.
@@ -238,7 +218,7 @@ class Gates:
         rejected = [""] * len(candidates.images)
         scores = torch.full((len(rejected),), math.nan)
         for gate in self.gates:
-            scores, reasons = gate.judged(candidates)
+            scores, reasons = gate.judge(candidates)
             rejected = [old or new for old, new in zip(rejected, reasons, strict=True)]
         row = self._row
         row[0] += len(rejected)
@@ -246,28 +226,27 @@ class Gates:
         for reason in filter(None, rejected):
             row[3 + self.reasons.index(reason)] += 1
         if int(row[1]) == 0 and int(row[0]) >= HOPELESS * len(self.gates):
+            why = ", ".join(f"{name} {int(n)}" for name, n in zip(self.reasons, row[3:], strict=True) if n)
             raise GateError(
-                f"gate accepted none of {int(row[0])} candidates ({self._told(row)}): widen its window, or judge some "
-                "candidates by hand first (mix.regenerate)"
+                f"gate accepted none of {int(row[0])} candidates ({why}): widen its window, or judge some candidates "
+                "by hand first (mix.regenerate)"
             )
         return scores, [not reason for reason in rejected]
 
-    def exhausted(self) -> None:
-        """Counts a slot for which no candidate passed."""
+    def exhaust(self) -> None:
+        """Count an image for which no candidate passed."""
         self._row[2] += 1
 
     def report(self) -> dict[str, Any]:
-        """Gives candidates, accepted, rate, exhausted (slots left real) and reasons, over a machine's processes."""
+        """Return candidates, accepted, rate, exhausted (images left real) and reasons, over a machine's processes."""
         total = self._counts.sum(dim=0)
-        drawn, accepted, exhausted = total[:3].tolist()
-        reasons = {name: int(n) for name, n in zip(self.reasons, total[3:], strict=True) if n}
-        rate = accepted / drawn if drawn else math.nan
+        candidates, accepted, exhausted = total[:3].tolist()
         return {
-            "candidates": drawn,
+            "candidates": candidates,
             "accepted": accepted,
-            "rate": rate,
+            "rate": accepted / candidates if candidates else math.nan,
             "exhausted": exhausted,
-            "reasons": reasons,
+            "reasons": {name: int(n) for name, n in zip(self.reasons, total[3:], strict=True) if n},
         }
 
     @property
@@ -275,22 +254,16 @@ class Gates:
         worker = get_worker_info()
         return self._counts[0 if worker is None else 1 + worker.id % (ROWS - 1)]
 
-    def _told(self, row: Tensor) -> str:
-        return ", ".join(f"{name} {int(n)}" for name, n in zip(self.reasons, row[3:], strict=True) if n)
 
-
-class _evaluating:
-    """Eval mode for a while; every module's own mode afterwards."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.modules = {part: part.training for part in module.modules()}
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.module.eval()
-
-    def __exit__(self, *failure: object) -> None:
-        for part, training in self.modules.items():
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode for a while; every part has its own mode again afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
             part.training = training
 
 

@@ -1,4 +1,4 @@
-"""A guard for validation and test sets: nothing synthetic may be in them (DESIGN 2)."""
+"""A guard for validation and test sets: nothing synthetic may be in them."""
 
 import os
 from functools import partial
@@ -9,9 +9,6 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from carim_aug.data.provenance import export_over
-from carim_aug.transforms.dataset import MixedDataset, PlannedDataset
-from carim_aug.transforms.loader import MixLoader
-from carim_aug.transforms.mix import SyntheticNoduleMix
 
 _ROOTS = ("root", "imgpath")  # of most data sets, and of torchxrayvision's
 _INNER = ("dataset", "datasets", "loader", "transform", "transforms", "target_transform", "collate_fn")
@@ -22,11 +19,11 @@ class SyntheticDataError(ValueError):
 
 
 def assert_real_only(data: Any) -> None:
-    """Does nothing if a data set or loader gives real samples only.
+    """Do nothing if a data set or loader gives real samples only.
 
     Looks into Subset, ConcatDataset, DataLoader, transforms, attributes, and the variables that a function such as a
-    collate_fn uses; and at the folder of a data set's `root` or `paths`, which may be a `carim-aug export`. What is
-    hidden deeper it cannot see.
+    collate_fn uses, for what has an attribute `synthetic_enabled`; and at the folder of a data set's `root` or `paths`,
+    which may be a `carim-aug export`. What is hidden deeper it cannot see.
 
     Args:
         data: a data set, loader, transform or list of them.
@@ -42,16 +39,7 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
     if thing is None or isinstance(thing, str | bytes | int | float) or id(thing) in seen:
         return
     seen.add(id(thing))
-    enabled = False
-    if isinstance(thing, SyntheticNoduleMix):
-        enabled = thing.enabled
-    elif isinstance(thing, MixLoader):
-        enabled = bool(thing.dataset.enabled)
-    elif isinstance(thing, MixedDataset):
-        enabled = bool(thing.planned.enabled)
-    elif isinstance(thing, PlannedDataset):
-        enabled = bool(thing.enabled)
-    if enabled:
+    if _mixes(thing) and thing.synthetic_enabled:
         raise SyntheticDataError(
             f"data must be real only, got synthetic nodules at {path}: evaluate on the data set itself, "
             "or set mix.enabled = False"
@@ -59,24 +47,29 @@ def _walk(thing: Any, path: str, seen: set[int]) -> None:
     exported = export_over(_folders(thing))
     if exported is not None:
         raise SyntheticDataError(
-            f"data must be real only, got the exported synthetic images of {exported} at {path}: evaluate on real films"
+            f"data must be real only, got the exported synthetic images of {exported} at {path}: evaluate on real "
+            "images"
         )
     if isinstance(thing, list | tuple):
         for i, part in enumerate(thing):
             _walk(part, f"{path}[{i}]", seen)
         return
     for name, part in _variables(thing).items():
-        if isinstance(part, SyntheticNoduleMix | MixLoader | MixedDataset | PlannedDataset):
+        if _mixes(part):
             _walk(part, f"{path}.{name}", seen)
-    names = ("dataset", "collate_fn") if isinstance(thing, DataLoader) else _INNER
-    for name in names:
+    for name in ("dataset", "collate_fn") if isinstance(thing, DataLoader) else _INNER:
         inner = getattr(thing, name, None)
         if inner is not None:
             _walk(inner, f"{path}.{name}", seen)
 
 
+def _mixes(thing: Any) -> bool:
+    """Return whether a thing's class says that it mixes: not asked of the thing, which may answer to any name."""
+    return hasattr(type(thing), "synthetic_enabled")
+
+
 def _folders(thing: Any) -> list[str | Path]:
-    """The folders that a data set says it reads."""
+    """Return the folders that a data set says it reads."""
     paths = getattr(thing, "paths", ())
     files = [path for path in paths if isinstance(path, str | Path)] if isinstance(paths, list | tuple) else []
     roots = [root for root in (getattr(thing, name, None) for name in _ROOTS) if isinstance(root, str | Path)]
@@ -84,18 +77,18 @@ def _folders(thing: Any) -> list[str | Path]:
 
 
 def _variables(thing: Any) -> dict[str, Any]:
-    """What an object holds by name: attributes, or the variables and bound arguments of a function."""
+    """Return what an object holds by name: attributes, or the variables and bound arguments of a function."""
     if isinstance(thing, partial):
         return {**_variables(thing.func), **dict(zip(map(str, range(len(thing.args))), thing.args, strict=True))}
     if not isinstance(thing, FunctionType):
         return getattr(thing, "__dict__", {})
     code, cells = thing.__code__, thing.__closure__ or ()
     used = {name: thing.__globals__[name] for name in code.co_names if name in thing.__globals__}
-    inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True) if _filled(cell)}
+    inner = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True) if _is_set(cell)}
     return used | inner
 
 
-def _filled(cell: Any) -> bool:
+def _is_set(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
     except ValueError:  # a variable that is assigned later

@@ -1,4 +1,4 @@
-"""The whole job in one loader: plan in the workers, render in the main process, resume in mid-epoch (DESIGN 1)."""
+"""The whole job in one loader: decide in the workers, generate in the main process, resume in mid-epoch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -9,38 +9,36 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, default_collate
 
-from carim_aug.labels.policy import LabelError
-from carim_aug.labels.sample import ImageError, Layout, LayoutError, check_images, plain_images
+from carim_aug.generators.base import check_device
+from carim_aug.labels.base import LabelError
+from carim_aug.labels.sample import ImageError, LayoutError, check_images, layout_of, plain_images
 from carim_aug.ops.random import fold
-from carim_aug.transforms.apply import Filler, sizes_of
+from carim_aug.transforms.apply import Applier, sizes_of
 from carim_aug.transforms.dataset import PlannedDataset
-from carim_aug.transforms.plan import MixParams, Slot, check_epoch, check_state
+from carim_aug.transforms.plan import Decision, MixParams, check_epoch, check_state
 
 
 class MixLoader:
-    """A loader of mixed batches, as `mix.loader` gives it.
+    """A loader of mixed batches, as `mix.loader` returns it.
 
     Each new iteration is the next epoch. Batches have the structure, types, sizes and device of the user's own. While a
-    batch is in use, `last_params` says what was decided for it.
+    batch is in use, `last_params` says what was decided for it. `batch_size`, `sampler`, `batch_sampler`, `collate_fn`,
+    `num_workers`, `pin_memory` and `drop_last` are the user's, as training scripts ask for them.
 
     Args:
-        planned: data set and decisions.
-        filler: of the slots.
-        on_batch: called with each batch's `MixParams` before it is handed out.
-        batch_size: samples of a batch.
-        shuffle: whether to shuffle, by (seed, epoch) alone.
+        planned, applier, weights_hash, on_batch: of the mix; `on_batch` is called before a batch is handed out.
+        shuffle: by (seed, epoch) alone.
         sampler: in place of shuffle; its `set_epoch` is called where it has one.
-        batch_sampler: in place of batch_size, shuffle, sampler and drop_last.
-        drop_last: leave out the last batch if it is not full.
-        collate_fn: makes a batch from a list of samples; by default `default_collate`, for detection `side_by_side`.
-        options: all else that a DataLoader takes.
+        collate_fn: by default `default_collate`, for detection `lists_of_entries`.
+        options: all else that a DataLoader takes, but for `generator`.
     """
 
     def __init__(
         self,
         planned: PlannedDataset,
-        filler: Filler,
+        applier: Applier,
         *,
+        weights_hash: str,
         on_batch: Callable[[MixParams], None],
         batch_size: int | None = 1,
         shuffle: bool = False,
@@ -50,7 +48,6 @@ class MixLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         **options: Any,
     ) -> None:
-        """Makes the inner DataLoader; nothing is loaded yet."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
                 f"batch_size must be an integer of at least 1, got {batch_size!r}: without batches use "
@@ -64,30 +61,30 @@ class MixLoader:
             )
         if sampler is not None and shuffle:
             raise ValueError("shuffle must be False with a sampler, got True")
-        self._planned, self._filler, self._on_batch = planned, filler, on_batch
+        self.dataset, self._applier, self._weights_hash, self._on_batch = planned, applier, weights_hash, on_batch
         # The order has a generator of its own: DataLoader draws from the other one, but not at every epoch.
         self._order, self._seeds = torch.Generator(), torch.Generator()
         check_sampler(sampler if sampler is not None else getattr(batch_sampler, "sampler", None), planned)
         if batch_sampler is None:
             if sampler is None:
-                sampler = (
-                    RandomSampler(planned, generator=self._order)  # type: ignore[arg-type]
-                    if shuffle
-                    else SequentialSampler(planned)  # type: ignore[arg-type]
-                )
+                data: Any = planned
+                sampler = RandomSampler(data, generator=self._order) if shuffle else SequentialSampler(data)
             batch_sampler = BatchSampler(sampler, batch_size, drop_last)
-        self._samplers = (getattr(batch_sampler, "sampler", None), batch_sampler)
-        self._batches = _FromStep(batch_sampler)
+        self.batch_sampler, self.sampler = batch_sampler, getattr(batch_sampler, "sampler", None)
+        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.drop_last = bool(getattr(batch_sampler, "drop_last", False))
         self._own_collate = collate_fn is not None
-        detection = planned.policy.kind == "detection"
-        self._collate = _Collate(collate_fn or (side_by_side if detection else default_collate), planned.layout)
+        usual = lists_of_entries if planned.policy.kind == "detection" else default_collate
+        self.collate_fn = collate_fn or usual
+        self._batches = _FromStep(batch_sampler)
         self.loader = DataLoader(
             planned,
             batch_sampler=self._batches,
-            collate_fn=self._collate,
+            collate_fn=_Collate(self.collate_fn, planned.layout),
             generator=self._seeds,
             **options,
         )
+        self.num_workers, self.pin_memory = self.loader.num_workers, bool(self.loader.pin_memory)
         self.last_params: MixParams | None = None
         self._epoch, self._step = 0, 0  # of the batch handed out last
         self._next, self._skip = 0, 0  # where the next iteration starts
@@ -95,76 +92,36 @@ class MixLoader:
         self._running: object = None
 
     @property
-    def dataset(self) -> PlannedDataset:
-        """Decisions over the user's data set, which is its `dataset`."""
-        return self._planned
-
-    @property
-    def batch_size(self) -> int | None:
-        """Samples of a full batch; None where a batch_sampler of the user's does not tell."""
-        return getattr(self._batches.batches, "batch_size", None)
-
-    @property
-    def sampler(self) -> Any:
-        """The sampler of indices, whose `set_epoch` training scripts call; None where a batch_sampler has none."""
-        return self._samplers[0]
-
-    @property
-    def batch_sampler(self) -> Any:
-        """The sampler of batches of indices."""
-        return self._samplers[1]
-
-    @property
-    def collate_fn(self) -> Callable[[list[Any]], Any]:
-        """What makes a batch from the user's samples."""
-        return self._collate.collate
-
-    @property
-    def pin_memory(self) -> bool:
-        """Whether the inner DataLoader pins its batches."""
-        return bool(self.loader.pin_memory)
-
-    @property
-    def num_workers(self) -> int:
-        """Workers of the inner DataLoader."""
-        return self.loader.num_workers
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether a last batch that is not full is left out."""
-        return bool(getattr(self._batches.batches, "drop_last", False))
-
-    @property
     def epoch(self) -> int:
         """The epoch of the running iteration, or of the last one."""
         return self._epoch
 
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return len(self._batches.batches)  # type: ignore[arg-type]
+    @property
+    def synthetic_enabled(self) -> bool:
+        """Whether anything in it may be synthetic now."""
+        return bool(self.dataset.enabled)
 
+    def __len__(self) -> int:
+        return len(self._batches.batches)
+
+    # --- State ---
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration this epoch, from its start; or from the step that was loaded for this very epoch."""
+        """Make the next iteration this epoch, from its start; or from the step that was loaded for this very epoch."""
         epoch = check_epoch(epoch)
         if epoch != self._next:
             self._skip = 0
         self._next, self._at_start = epoch, True
 
     def state_dict(self) -> dict[str, int]:
-        """Gives where the loader stands: seed, epoch, and step, the batches of the epoch already handed out."""
+        """Return where the loader stands: seed, epoch, and step, the batches of the epoch already handed out."""
         epoch, step = (self._next, self._skip) if self._at_start else (self._epoch, self._step)
         if step >= len(self):
             epoch, step = epoch + 1, 0
-        return {"seed": self._planned.planner.seed, "epoch": epoch, "step": step}
+        return {"seed": self.dataset.settings.seed, "epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration go on from there; the batches already seen are not loaded again.
-
-        Raises:
-            TypeError: no mapping.
-            ValueError: the state is of another seed, or of no such loader.
-        """
-        epoch, step = check_state(state, self._planned.planner.seed)
+        """Make the next iteration go on from there; the batches already seen are not loaded again."""
+        epoch, step = check_state(state, self.dataset.settings.seed)
         if step > len(self):
             raise ValueError(f"step must be in [0, {len(self)}], got {step}")
         self._next, self._skip, self._at_start, self._running = epoch, step, True, None
@@ -172,17 +129,17 @@ class MixLoader:
             self._next, self._skip = epoch + 1, 0
 
     def class_counts(self) -> dict[str, dict[str, int]]:
-        """Gives real, synthetic and total samples per class of the next iteration's epoch."""
-        return self._planned.class_counts(self._next)
+        """Return real, synthetic and total samples per class of the next iteration's epoch."""
+        return self.dataset.class_counts(self._next)
 
+    # --- Batches ---
     def __iter__(self) -> Iterator[Any]:
-        """Goes through one epoch."""
         epoch, skip = self._next, self._skip
         self._epoch, self._step, self._next, self._skip = epoch, skip, epoch + 1, 0
-        self._planned.epoch.fill_(epoch)
+        self.dataset.epoch.fill_(epoch)
         for generator in (self._order, self._seeds):
-            generator.manual_seed(fold(self._planned.planner.seed, epoch))
-        for sampler in self._samplers:
+            generator.manual_seed(fold(self.dataset.settings.seed, epoch))
+        for sampler in (self.sampler, self.batch_sampler):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)  # type: ignore[union-attr]
         self._batches.start = skip
@@ -190,7 +147,7 @@ class MixLoader:
         return self._run(self._running, iter(self.loader))
 
     def _run(self, run: object, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch, params in self._ahead(batches):
+        for batch, params in self._mix_ahead(batches):
             self._step += 1
             self._at_start, self.last_params = False, params
             self._on_batch(params)
@@ -202,75 +159,74 @@ class MixLoader:
                 )
         self._at_start = True
 
-    def _ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, MixParams]]:
-        """Renders each batch; on CUDA one batch ahead of its use, on a stream of its own."""
-        device = self._filler.renderer.device
+    def _mix_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, MixParams]]:
+        """Yield mixed batches; on CUDA each is made one batch ahead of its use, on a stream of its own."""
+        device = self._applier.device
         if device is None or device.type != "cuda":
-            for batch, slots in batches:
-                yield self._mixed(batch, slots)
+            for batch, decisions in batches:
+                yield self._mix(batch, decisions)
             return
-        self._filler.renderer.check_device(device)
+        check_device(device)
         side = torch.cuda.Stream(device)
         waiting: tuple[Any, MixParams, torch.cuda.Event] | None = None
-        for batch, slots in batches:
-            # Wait only for batches that a collate_fn put on the device; else training and rendering overlap.
-            for tensor in self._on_cuda(batch):
+        for batch, decisions in batches:
+            # Wait only for batches that a collate_fn put on the device; else training and generating overlap.
+            for tensor in _on_cuda(batch):
                 side.wait_stream(torch.cuda.current_stream(device))
                 tensor.record_stream(side)
             with torch.cuda.stream(side):
-                mixed, params = self._mixed(batch, slots)
+                mixed, params = self._mix(batch, decisions)
                 done = torch.cuda.Event()
                 done.record(side)
             if waiting is not None:
-                yield self._hand_over(waiting)
+                yield self._hand_over(*waiting)
             waiting = (mixed, params, done)
         if waiting is not None:
-            yield self._hand_over(waiting)
+            yield self._hand_over(*waiting)
 
-    def _hand_over(self, waiting: tuple[Any, MixParams, torch.cuda.Event]) -> tuple[Any, MixParams]:
-        batch, params, done = waiting
-        current = torch.cuda.current_stream(self._filler.renderer.device)
+    def _hand_over(self, batch: Any, params: MixParams, done: torch.cuda.Event) -> tuple[Any, MixParams]:
+        current = torch.cuda.current_stream(self._applier.device)
         current.wait_event(done)
-        for tensor in self._on_cuda(batch):
+        for tensor in _on_cuda(batch):
             tensor.record_stream(current)
         return batch, params
 
-    def _on_cuda(self, batch: Any) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_cuda]
-
-    def _layout_of(self, batch: Any) -> Layout:
-        """Where image and label are in a batch: as in a sample, unless a collate_fn of the user's moves them."""
-        try:
-            self._planned.layout.get(batch)
-        except LayoutError:
-            return Layout.of(batch)
-        return self._planned.layout
-
-    def _mixed(self, batch: Any, slots: tuple[Slot, ...]) -> tuple[Any, MixParams]:
-        planned, layout = self._planned, self._layout_of(batch)
+    def _mix(self, batch: Any, decisions: tuple[Decision, ...]) -> tuple[Any, MixParams]:
+        planned, layout = self.dataset, self._layout_of(batch)
         images, labels = layout.get(batch)
         check_images(images, batch=True)
         pixels = plain_images(images)
-        self._filler.value_range.check_each(pixels)
-        if len(pixels) != len(slots):
-            raise ValueError(f"collate_fn must keep all {len(slots)} samples of a batch, got {len(pixels)} images")
-        settled = self._filler.settle(pixels, slots, planned.planner)
-        if any(slot.synthetic for slot in settled.slots):
+        self._applier.settings.value_range.check_each(pixels)
+        if len(pixels) != len(decisions):
+            raise ValueError(f"collate_fn must keep all {len(decisions)} samples of a batch, got {len(pixels)} images")
+        placed = self._applier.place(pixels, decisions, planned.planner)
+        if any(decision.synthetic for decision in placed.decisions):
             try:
                 planned.policy.check(labels, sizes=sizes_of(pixels))
             except LabelError as error:
-                if self._own_collate:
-                    raise LabelError(
-                        f"{error}: the collate_fn must leave labels and their fields as they are; for one that mixes "
-                        "them, such as MixUp, use DataLoader(mix.wrap(dataset), ...)"
-                    ) from error
-                raise
-        new, marked, params = self._filler.fill(pixels, labels, settled, planned.policy)
-        return (batch if new is pixels else layout.put(batch, new, marked)), params
+                if not self._own_collate:
+                    raise
+                raise LabelError(
+                    f"{error}: the collate_fn must leave labels and their fields as they are; for one that mixes them, "
+                    "such as MixUp, use DataLoader(mix.wrap(dataset), ...)"
+                ) from error
+        new, changed, params = self._applier.apply(pixels, labels, placed, planned.policy, self._weights_hash)
+        return (batch if new is pixels else layout.put(batch, new, changed)), params
+
+    def _layout_of(self, batch: Any) -> Any:
+        """Return where image and label are in a batch: as in a sample, unless a collate_fn of the user's moves them."""
+        getter = self.dataset.settings.labels_getter
+        if callable(getter):  # a batch may have more leaves than a sample: its strings are a list
+            return layout_of(batch, labels_getter=getter)
+        try:
+            self.dataset.layout.get(batch)
+        except LayoutError:
+            return layout_of(batch)
+        return self.dataset.layout
 
 
 def check_sampler(sampler: Any, planned: PlannedDataset) -> None:
-    """Nothing, or ValueError: a sampler of the real samples alone would never come to the added ones."""
+    """Raise ValueError for a sampler of the real samples alone, which would never come to the added ones."""
     real, total = len(planned.dataset), len(planned)  # type: ignore[arg-type]
     for name in ("data_source", "dataset", "weights", "indices"):
         source = getattr(sampler, name, None)
@@ -281,12 +237,16 @@ def check_sampler(sampler: Any, planned: PlannedDataset) -> None:
             )
 
 
-def side_by_side(samples: list[Any]) -> Any:
-    """Gives a batch of tuples or dicts with a list in each place, as detectors want it: sizes may differ."""
+def lists_of_entries(samples: list[Any]) -> Any:
+    """Return a batch of tuples or dicts with a list in each place, as detectors want it: sizes may differ."""
     first = samples[0]
     if isinstance(first, Mapping):
         return {key: [sample[key] for sample in samples] for key in first}
     return tuple(list(entries) for entries in zip(*samples, strict=True))
+
+
+def _on_cuda(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_cuda]
 
 
 class _FromStep(Sampler[list[int]]):
@@ -303,15 +263,15 @@ class _FromStep(Sampler[list[int]]):
 
 
 class _Collate:
-    """The user's collate_fn on the samples, the slots beside them; a class, so that spawn can pickle it."""
+    """The user's collate_fn on the samples, the decisions beside them; a class, so that spawn can pickle it."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], layout: Layout) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], layout: Any) -> None:
         self.collate, self.layout = collate, layout
 
-    def __call__(self, items: list[tuple[Any, Slot]]) -> tuple[Any, tuple[Slot, ...]]:
-        samples, slots = zip(*items, strict=True)
+    def __call__(self, items: list[tuple[Any, Decision]]) -> tuple[Any, tuple[Decision, ...]]:
+        samples, decisions = zip(*items, strict=True)
         try:
-            return self.collate(list(samples)), slots
+            return self.collate(list(samples)), decisions
         except (RuntimeError, ValueError) as error:
             shapes = sorted({tuple(self.layout.get(sample)[0].shape) for sample in samples})
             if len(shapes) == 1:

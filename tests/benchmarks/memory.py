@@ -9,14 +9,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tiny import Films, make_mix, resident_bytes  # noqa: E402
+from tiny import Images, make_mix, resident_bytes  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 BATCHES, EVERY, SKIP = 10_000, 250, 2_000
 
 
 def from_loader(insertion):
-    loader = make_mix(p=0.5, insertion=insertion).loader(Films(1000), batch_size=2, shuffle=True)
+    loader = make_mix(p=0.5, insertion=insertion).loader(Images(1000), batch_size=2, shuffle=True)
     while True:
         yield from loader
 

@@ -1,193 +1,171 @@
-"""Decisions are a pure function of (seed, epoch, index): DESIGN 1. Bytes are compared, not closeness."""
+"""Decisions are a pure function of (seed, epoch, index). Bytes are compared, not closeness."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Films, decisions, global_states_untouched, make_mix
-from torch.utils.data import DataLoader, DistributedSampler
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from tiny import Images, decisions, global_states_untouched, make_mix
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-N = 70
+N = 24
+MIXES = {
+    "whole": dict(p=0.5, seed=5, insertion="whole"),
+    "graft": dict(p=0.5, seed=5),
+    "added": dict(n_synthetic={"Nodule": 8, "No Finding": 3}, seed=5, insertion="whole"),
+}
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+every_mix = pytest.mark.parametrize("options", MIXES.values(), ids=MIXES)
 
 
 def run(loader):
     return decisions(loader, lambda: loader.last_params)
 
 
-def mixes():
-    return {
-        "whole": dict(p=0.5, seed=5),
-        "graft": dict(p=0.5, seed=5, insertion="graft"),
-        "added": dict(n_synthetic={"Nodule": 20, "No Finding": 9}, seed=5),
-    }
-
-
 def reference(options, epoch=0):
-    loader = make_mix(**options).loader(Films(N), batch_size=N)
+    loader = make_mix(**options).loader(Images(N), batch_size=N)
     loader.set_epoch(epoch)
     return sorted(run(loader))
 
 
-@pytest.fixture(params=mixes())
-def options(request):
-    return mixes()[request.param]
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("shuffle", [False, True])
+# --- However it is loaded ---
+@every_mix
+@pytest.mark.parametrize(("batch_size", "shuffle"), [(1, False), (7, True), (64, True)])
 def test_batch_size_and_order_change_no_decision(options, batch_size, shuffle):
-    loader = make_mix(**options).loader(Films(N), batch_size=batch_size, shuffle=shuffle)
-    rows = run(loader)
-    assert sorted(rows) == reference(options)
-    assert (rows == sorted(rows)) is not shuffle
+    rows = run(make_mix(**options).loader(Images(N), batch_size=batch_size, shuffle=shuffle))
+    assert sorted(rows) == reference(options) and (rows == sorted(rows)) is not shuffle
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_number_of_workers_changes_no_decision(options, num_workers):
-    alone = run(make_mix(**options).loader(Films(N), batch_size=7, shuffle=True))
-    loader = make_mix(**options).loader(
-        Films(N), batch_size=7, shuffle=True, num_workers=num_workers, multiprocessing_context="fork"
-    )
-    assert run(loader) == alone
+@every_mix
+@pytest.mark.parametrize(
+    ("n", "context"),
+    [(1, "fork"), (2, "fork"), *(pytest.param(*how, marks=pytest.mark.train) for how in ((4, "fork"), (1, "spawn")))],
+)
+def test_workers_change_no_decision(options, n, context):
+    rows, more = [], dict(batch_size=7, shuffle=True)
+    for workers in ({}, {"num_workers": n, "multiprocessing_context": context}):
+        rows.append(run(make_mix(**options).loader(Images(N), **more, **workers)))
+    assert rows[0] == rows[1]
 
 
-def test_spawned_workers_decide_as_forked_ones():
-    options = mixes()["added"]
-    loader = make_mix(**options).loader(Films(N), batch_size=7, num_workers=1, multiprocessing_context="spawn")
-    assert run(loader) == reference(options)
-
-
+@every_mix
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_two_ranks_share_out_the_decisions_of_one(options, shuffle):
     rows = []
     for rank in (0, 1):
-        wrapped = make_mix(**options).wrap(Films(N))
+        wrapped = make_mix(**options).wrap(Images(N))
         sampler = DistributedSampler(wrapped, num_replicas=2, rank=rank, shuffle=shuffle, seed=3)
         rows.append(run(make_mix(**options).loader(wrapped, batch_size=8, sampler=sampler)))
     assert sorted({*rows[0], *rows[1]}) == reference(options)
     assert len({*rows[0]} & {*rows[1]}) <= 1  # one sample is repeated if they do not divide
 
 
-def test_a_distributed_sampler_is_told_the_epoch():
-    sampler = DistributedSampler(Films(N), num_replicas=2, rank=1)
-    loader = make_mix().loader(Films(N), batch_size=8, sampler=sampler)
-    first, second = run(loader), run(loader)
-    assert sampler.epoch == 1 and [r[0][2] for r in first] != [r[0][2] for r in second]
+def test_a_distributed_sampler_hears_the_epoch():
+    for inside in (False, True):
+        sampler = DistributedSampler(Images(N), num_replicas=2, rank=1)
+        how = {"batch_sampler": BatchSampler(sampler, 8, False)} if inside else {"batch_size": 8, "sampler": sampler}
+        loader = make_mix().loader(Images(N), **how)
+        first, second = run(loader), run(loader)
+        assert sampler.epoch == 1 and [r[0][2] for r in first] != [r[0][2] for r in second]
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("stop", [(0, 3), (1, 1), (1, 4), (2, 0)])
-def test_a_resume_in_mid_epoch_goes_on_with_the_same_decisions(shuffle, num_workers, stop):
-    def fresh():
-        return make_mix(p=0.5, seed=9).loader(
-            Films(30), batch_size=7, shuffle=shuffle, num_workers=num_workers, persistent_workers=num_workers > 0
-        )
-
-    straight = fresh()
-    whole = [run(straight) for _ in range(3)]
-
-    first = fresh()
-    for _ in range(stop[0]):
-        run(first)
-    seen = []
-    if stop[1]:
-        for k, (_, labels) in enumerate(first, start=1):
-            seen += decisions([(None, labels)], lambda: first.last_params)
-            if k == stop[1]:
-                state = first.state_dict()
-                break
-    else:
-        state = first.state_dict()
-    assert state == {"seed": 9, "epoch": stop[0], "step": stop[1]}
-
-    second = fresh()
-    second.load_state_dict(state)
-    assert second.state_dict() == state
-    assert [seen + run(second), *(run(second) for _ in range(2 - stop[0]))] == whole[stop[0] :]
-
-
-def test_a_state_taken_at_the_last_batch_is_the_next_epochs_start():
-    loader = make_mix().loader(Films(10), batch_size=4)
-    for _ in loader:
-        state = loader.state_dict()
-    assert state == {"seed": 0, "epoch": 1, "step": 0} == loader.state_dict()
-
-
-def test_set_epoch_of_the_loaded_epoch_keeps_the_loaded_step_and_another_epoch_starts_at_its_beginning():
-    loader = make_mix().loader(Films(10), batch_size=4)
-    loader.load_state_dict({"seed": 0, "epoch": 3, "step": 2})
-    loader.set_epoch(3)
-    assert len(list(loader)) == 1
-    loader.load_state_dict({"seed": 0, "epoch": 3, "step": 2})
-    loader.set_epoch(4)
-    assert loader.state_dict() == {"seed": 0, "epoch": 4, "step": 0} and len(list(loader)) == 3
-
-
-def test_persistent_workers_decide_as_none_over_three_epochs():
-    options = dict(batch_size=7, shuffle=True)
-    alone = make_mix(seed=2).loader(Films(N), **options)
-    loader = make_mix(seed=2).loader(Films(N), **options, num_workers=2, persistent_workers=True)
-    epochs = [run(loader) for _ in range(3)]
-    assert epochs == [run(alone) for _ in range(3)]
-    assert all(r[0][1] == e for e, rows in enumerate(epochs) for r in rows)
-
-
+@every_mix
 def test_loader_and_wrap_decide_and_generate_alike(options):
     mix = make_mix(**options)
-    wrapped = mix.wrap(Films(N))
-    loader = mix.loader(Films(N), batch_size=16)
+    wrapped, loader = mix.wrap(Images(N)), mix.loader(Images(N), batch_size=16)
     for epoch in (0, 1):
         mix.set_epoch(epoch)
-        images, labels = zip(*[wrapped[i] for i in range(len(wrapped))], strict=True)
-        slots = [wrapped.slot(i) for i in range(len(wrapped))]
-        pairs = [(x, y, loader.last_params.slots) for x, y in loader]
-        assert slots == [slot for _, _, batch in pairs for slot in batch]
-        assert list(labels) == torch.cat([y for _, y, _ in pairs]).tolist()
-        assert torch.allclose(torch.stack(images), torch.cat([x for x, _, _ in pairs]), atol=1e-5)
+        images, labels = zip(*wrapped, strict=True)
+        batches = [(x, y, loader.last_params.decisions) for x, y in loader]
+        assert [wrapped.decision(i) for i in range(len(wrapped))] == [one for _, _, each in batches for one in each]
+        assert list(labels) == torch.cat([y for _, y, _ in batches]).tolist()
+        assert torch.allclose(torch.stack(images), torch.cat([x for x, _, _ in batches]), atol=1e-5)
 
 
-def test_wrap_in_persistent_workers_sees_the_epoch():
-    mix = make_mix(p=0.5)
-    wrapped = mix.wrap(Films(N))
-    loader = DataLoader(wrapped, batch_size=N, num_workers=1, persistent_workers=True)
-    for epoch in (0, 1, 2):
-        mix.set_epoch(epoch)
-        ((images, labels),) = loader
-        assert labels.tolist() == [wrapped[i][1] for i in range(N)]
-        assert torch.allclose(images, torch.stack([wrapped[i][0] for i in range(N)]), atol=1e-5)
+def test_batches_of_the_transform_decide_by_images_seen():
+    rows = []
+    for sizes in ((12,), (5, 3, 4)):
+        mix, seen = make_mix(seed=4), []
+        for n in sizes:
+            mix(torch.zeros(n, 1, 32, 32), torch.zeros(n, dtype=torch.long))
+            seen += mix.last_params.decisions
+        rows.append([(one.key, one.class_name, one.noise_seed, one.boxes.tobytes()) for one in seen])
+    assert rows[0] == rows[1]
 
 
+# --- Epochs and resuming ---
+@every_mix
 def test_epochs_and_seeds_differ(options):
     def of(rows):
         return {(key[2], *rest) for key, *rest in rows}
 
     first = of(reference(options))
-    assert first != of(reference(options, epoch=1))
-    assert first != of(reference({**options, "seed": 6}))
     assert first == of(reference(options))
+    assert first != of(reference(options, epoch=1)) and first != of(reference({**options, "seed": 6}))
 
 
-def test_batches_of_the_transform_decide_by_images_seen():
-    mix = make_mix(seed=4)
-    whole = mix(torch.zeros(12, 1, 32, 32), torch.zeros(12, dtype=torch.long))
-    slots = mix.last_params.slots
-    again, parts = make_mix(seed=4), []
-    for start in (0, 5, 8):
-        again(whole[0][start : start + {0: 5, 5: 3, 8: 4}[start]], torch.zeros({0: 5, 5: 3, 8: 4}[start]).long())
-        parts += again.last_params.slots
-    assert [(s.key, s.class_name, s.noise_seed, s.boxes.tobytes()) for s in slots] == [
-        (s.key, s.class_name, s.noise_seed, s.boxes.tobytes()) for s in parts
-    ]
+def test_persistent_workers_decide_as_none_and_an_order_is_its_epochs_alone():
+    options = dict(batch_size=7, shuffle=True)
+    alone = make_mix(seed=2).loader(Images(N), **options)
+    straight = [run(alone) for _ in range(3)]
+    loader = make_mix(seed=2).loader(Images(N), **options, num_workers=2, persistent_workers=True)
+    assert [run(loader) for _ in range(3)] == straight
+    assert all(row[0][1] == epoch for epoch, rows in enumerate(straight) for row in rows)
+    loader.set_epoch(1)  # whatever was iterated before
+    assert run(loader) == straight[1]
+    orders = [[row[0][2] for row in rows] for rows in straight]
+    assert orders[0] != orders[1] != orders[2]
 
 
-class Flipped(Films):
+def test_wrap_in_persistent_workers_sees_the_epoch():
+    mix = make_mix(p=0.5)
+    wrapped = mix.wrap(Images(N))
+    loader = DataLoader(wrapped, batch_size=N, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        mix.set_epoch(epoch)
+        ((images, labels),) = loader
+        assert labels.tolist() == [label for _, label in wrapped]
+        assert torch.allclose(images, torch.stack([image for image, _ in wrapped]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.train)])
+@pytest.mark.parametrize("stop", [(0, 3), (1, 1), (1, 4), (2, 0)])
+def test_a_resume_in_mid_epoch_goes_on_with_the_same_decisions(shuffle, workers, stop):
+    def fresh():
+        options = dict(batch_size=7, shuffle=shuffle, num_workers=workers, persistent_workers=workers > 0)
+        return make_mix(p=0.5, seed=9, insertion="whole").loader(Images(30), **options)
+
+    straight, first, second, seen = fresh(), fresh(), fresh(), []
+    whole = [run(straight) for _ in range(3)]
+    for _ in range(stop[0]):
+        run(first)
+    state = first.state_dict()
+    if stop[1]:
+        for _, batch in zip(range(stop[1]), first, strict=False):
+            seen += decisions([batch], lambda: first.last_params)
+        state = first.state_dict()
+    assert state == {"seed": 9, "epoch": stop[0], "step": stop[1]}
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert [seen + run(second), *(run(second) for _ in range(2 - stop[0]))] == whole[stop[0] :]
+
+
+def test_a_state_of_the_last_batch_is_the_next_epochs_start():
+    loader = make_mix().loader(Images(10), batch_size=4)
+    for _ in loader:
+        state = loader.state_dict()
+    assert state == {"seed": 0, "epoch": 1, "step": 0} == loader.state_dict()
+    for epoch, batches in ((3, 1), (4, 3)):  # set_epoch keeps a loaded step of its own epoch alone
+        loader.load_state_dict({"seed": 0, "epoch": 3, "step": 2})
+        loader.set_epoch(epoch)
+        assert loader.state_dict() == {"seed": 0, "epoch": epoch, "step": 3 - batches} and len(list(loader)) == batches
+
+
+# --- And nothing else matters ---
+class Flipped(Images):
     """As a user's data set with random transforms."""
 
     def __getitem__(self, i):
@@ -197,58 +175,50 @@ class Flipped(Films):
         return image, label
 
 
+def seed_all(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def test_no_call_moves_a_global_random_state_and_none_matters():
     seen = []
     for seed in (0, 1):
-        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        seed_all(seed)
         with global_states_untouched():
-            mix = make_mix(p=0.5, insertion="graft")
-            for dataset in (Films(20), Films(20, targets=False)):
+            mix, batch = make_mix(p=0.5), (torch.zeros(8, 1, 40, 32), torch.zeros(8, dtype=torch.long))
+            for dataset in (Images(12), Images(12, targets=False)):
                 loader = mix.loader(dataset, batch_size=8, shuffle=True)
-                counts = loader.class_counts()
-                rows = run(loader)
-                wrapped = mix.wrap(dataset)
-                items = [wrapped[i] for i in range(len(wrapped))]
-            workers = run(mix.loader(Films(20), batch_size=8, shuffle=True, num_workers=2))
-            out = mix(torch.zeros(8, 1, 40, 32), torch.zeros(8, dtype=torch.long))
-            key = mix.last_params.keys[0]
-            pictures = [*mix.regenerate(key), out[0], out[1], *(image for image, _ in items)]
-            mix.loader(Flipped(20, targets=False), batch_size=4).class_counts()
+                counts, rows, items = loader.class_counts(), run(loader), list(mix.wrap(dataset))
+            workers = run(mix.loader(Images(12), batch_size=8, shuffle=True, num_workers=2))
+            pictures = [*mix(*batch), *mix.regenerate((0, 0, 0)), *(image for image, _ in items)]
+            mix.loader(Flipped(12, targets=False), batch_size=4).class_counts()
         seen.append((counts, rows, workers, mix.last_params, pictures))
     assert seen[0][:4] == seen[1][:4]
     assert all(torch.equal(a, b) for a, b in zip(seen[0][4], seen[1][4], strict=True))
 
 
 def test_a_users_own_random_transforms_draw_as_they_would_without_the_mix():
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    plain = [image for image, _ in DataLoader(Flipped(20, labels=[1] * 20), batch_size=5, generator=torch.Generator())]
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    loader = make_mix(eligible=lambda label: False).loader(Flipped(20, labels=[1] * 20), batch_size=5)
+    data = Flipped(20, labels=[1] * 20)
+    seed_all(0)
+    plain = [image for image, _ in DataLoader(data, batch_size=5, generator=torch.Generator())]
+    seed_all(0)
+    loader = make_mix(eligible=lambda label: False).loader(data, batch_size=5)
     assert all(torch.equal(a, b) for a, (b, _) in zip(plain, loader, strict=True))
 
 
-def test_two_loaders_of_one_mix_are_independent():
-    mix = make_mix(p=0.5)
-    alone = [run(make_mix(p=0.5).loader(Films(20), batch_size=4)) for _ in range(1)][0]
-    one, two = mix.loader(Films(20), batch_size=4), mix.loader(Films(20), batch_size=4)
+def test_two_loaders_of_one_mix_and_class_counts_in_mid_epoch_change_nothing():
+    mix, rows = make_mix(p=0.5), []
+    one, two = mix.loader(Images(20), batch_size=4), mix.loader(Images(20), batch_size=4)
     two.set_epoch(5)
-    rows = []
-    for (_, labels), (_, _) in zip(one, two, strict=True):
-        rows += decisions([(None, labels)], lambda: one.last_params)
+    for batch, _ in zip(one, two, strict=True):
+        one.class_counts()
+        rows += decisions([batch], lambda: one.last_params)
         assert one.last_params.keys[0][1] == 0 and two.last_params.keys[0][1] == 5
-    assert rows == alone
+    assert rows == run(make_mix(p=0.5).loader(Images(20), batch_size=4))
 
 
-def test_a_class_count_in_the_middle_of_an_epoch_changes_nothing():
-    loader = make_mix().loader(Films(N), batch_size=2, num_workers=2)
-    rows = []
-    for _, labels in loader:
-        loader.class_counts()
-        rows += decisions([(None, labels)], lambda: loader.last_params)
-    assert rows == run(make_mix().loader(Films(N), batch_size=2))
-
-
-@settings(deadline=None, max_examples=150)
+@pytest.mark.train
 @given(
     n=st.integers(1, 30),
     batch_size=st.integers(1, 12),
@@ -256,46 +226,20 @@ def test_a_class_count_in_the_middle_of_an_epoch_changes_nothing():
     seed=st.integers(0, 2**64 - 1),
     p=st.floats(0, 1),
     shuffle=st.booleans(),
-    drop_last=st.booleans(),
     added=st.integers(0, 9),
     insertion=st.sampled_from(["whole", "graft"]),
 )
-def test_any_loader_yields_its_length_and_only_its_own_decisions(
-    n, batch_size, epoch, seed, p, shuffle, drop_last, added, insertion
-):
-    how = {"n_synthetic": {"Nodule": added}} if added else {"p": p}
-    mix = make_mix(seed=seed, insertion=insertion, **how)
-    loader = mix.loader(Films(n, size=(17, 33)), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last)
+def test_any_loader_yields_its_own_decisions_only(n, batch_size, epoch, seed, p, shuffle, added, insertion):
+    mix = make_mix(seed=seed, insertion=insertion, **({"n_synthetic": {"Nodule": added}} if added else {"p": p}))
+    data, rows = Images(n, size=(17, 33)), []
+    loader, wrapped = mix.loader(data, batch_size=batch_size, shuffle=shuffle), mix.wrap(data)
     loader.set_epoch(epoch)
-    rows, sizes = [], []
+    mix.set_epoch(epoch)
     for images, labels in loader:
         assert images.shape[1:] == (1, 17, 33) and 0 <= images.min() <= images.max() <= 1
-        sizes.append(len(images))
-        rows += decisions([(None, labels)], lambda: loader.last_params)
-    assert len(sizes) == len(loader)
-    total = n + added
-    assert sum(sizes) == (total // batch_size * batch_size if drop_last else total)
-    mix.set_epoch(epoch)
-    wrapped = mix.wrap(Films(n, size=(17, 33)))
-    for key, class_name, noise_seed, boxes, host, label in rows:
-        slot = wrapped.slot(key[2])
-        assert (slot.key, slot.class_name, slot.noise_seed) == (key, class_name, noise_seed)
-        assert (slot.boxes.tobytes(), slot.host) == (boxes, host)
-        assert label == (1 if class_name else int(key[2] % 4 == 3))
-
-
-def test_the_order_of_a_shuffled_epoch_is_the_same_whatever_was_iterated_before():
-    def order(loader):
-        return [key[2] for key, *_ in run(loader)]
-
-    straight = make_mix().loader(Films(N), batch_size=8, shuffle=True)
-    epochs = [order(straight) for _ in range(3)]
-    jumped = make_mix().loader(Films(N), batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
-    jumped.set_epoch(2)
-    assert order(jumped) == epochs[2] and epochs[0] != epochs[1] != epochs[2]
-
-
-def test_images_pass_by_a_v2_pipeline_after_the_mix():
-    mix = v2.Compose([make_mix(p=1.0), v2.Normalize([0.5], [0.5])])
-    images, labels = mix(tv_tensors.Image(torch.zeros(2, 1, 32, 32)), torch.tensor([0, 0]))
-    assert isinstance(images, tv_tensors.Image) and labels.tolist() == [1, 1] and images.max() > -1
+        rows += decisions([(images, labels)], lambda: loader.last_params)
+    assert sorted(key[2] for key, *_ in rows) == list(range(n + added))
+    for key, *rest, label in rows:
+        one = wrapped.decision(key[2])
+        assert (one.key, one.class_name, one.noise_seed, one.boxes.tobytes(), one.background) == (key, *rest)
+        assert label == (1 if one.class_name else int(key[2] % 4 == 3))

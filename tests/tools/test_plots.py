@@ -2,25 +2,18 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import generator, make_mix, prior
 
-from carim_aug.generators.pretrained import NoduleGenerator
-from carim_aug.location.prior import LocationPrior
+from carim_aug import WholeImageGenerator, contrast_gate
 from carim_aug.ops.value_range import RangeError
-from carim_aug.tools.plots import COLOUR, batch_sheet, contact_sheet, outline, save_picture, stacked
-from carim_aug.transforms.mix import SyntheticNoduleMix
+from carim_aug.tools.plots import COLOUR, batch_sheet, contact_sheet, outline, save_picture, stack_pictures
 
 GOLD = torch.tensor(COLOUR, dtype=torch.uint8)
-GAP, LINE, COLUMNS = 4, 18, 9
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return NoduleGenerator("tiny").eval(), LocationPrior.bundled()
+GAP, LINE, COLUMNS = 4, 18, 10
+BACKGROUND, GRAFT, ADDED, MASK = 0, 1, 5, 6
 
 
 def panel(sheet: Image.Image, row: int, column: int, size: int, top: int = LINE) -> Image.Image:
@@ -28,53 +21,51 @@ def panel(sheet: Image.Image, row: int, column: int, size: int, top: int = LINE)
     return sheet.crop((left, upper, left + size, upper + size))
 
 
-def test_sheet_without_real_images_has_a_row_per_sample(pair):
-    sheet = contact_sheet(pair, n=3, size=40)
-    assert sheet.mode == "RGB"
-    assert sheet.size == (COLUMNS * 44 + GAP, 3 * 44 + GAP + 2 * LINE)
-    assert sheet.info["carim_aug"].startswith("All synthetic; ")
-    assert pair[0].weights_hash[:12] in sheet.info["carim_aug"] and "seed 0" in sheet.info["carim_aug"]
+def test_a_sheet_has_a_row_per_sample_repeats_and_moves_no_global_random_state():
+    before = torch.random.get_rng_state()
+    sheet = contact_sheet(make_mix(), n=3, size=40)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert sheet.mode == "RGB" and sheet.size == (COLUMNS * 44 + GAP, 3 * 44 + GAP + 2 * LINE)
+    assert sheet.info["carim_aug"].startswith("All synthetic; ") and "seed 0" in sheet.info["carim_aug"]
+    assert generator().weights_hash[:12] in sheet.info["carim_aug"]
+    assert set(panel(sheet, 0, MASK, 40).convert("L").tobytes()) == {0, 255}
+    assert contact_sheet((generator(), prior()), n=3, size=40).tobytes() == sheet.tobytes()
+    assert contact_sheet(make_mix(), n=3, size=40, seed=6).tobytes() != sheet.tobytes()
+    assert contact_sheet(make_mix(), n=3, size=40, twins=False).size[0] == 6 * 44 + GAP
 
 
-def test_a_mix_and_its_parts_give_the_same_sheet(pair):
-    mix = SyntheticNoduleMix(*pair, p=0.5)
-    assert contact_sheet(mix, n=2, size=32).tobytes() == contact_sheet(pair, n=2, size=32).tobytes()
+def test_grafts_are_those_of_the_mix_with_its_strength_placement_and_gate():
+    real = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    options = {"strength": 3.0, "placement": "prior", "value_range": "symmetric"}
+    sheet = contact_sheet(make_mix(**options), real, n=1, size=32, seed=7)
+    mix = make_mix(p=1.0, seed=7, **options)
+    image, _ = mix(real, torch.zeros(1, dtype=torch.long))  # its key is (7, 0, 0), as that of the first row
+    expected = ((image[0, 0] + 1) * 127.5).round().to(torch.uint8)
+    assert panel(sheet, 0, GRAFT, 32).convert("L").tobytes() == bytes(expected.flatten().tolist())
+    assert panel(sheet, 0, BACKGROUND, 32).tobytes() != panel(sheet, 0, GRAFT, 32).tobytes()
+    sheet = contact_sheet(make_mix(gate=contrast_gate(9.0, tries=2)), n=2, size=32)  # passes nothing
+    for row in range(2):
+        assert panel(sheet, row, BACKGROUND, 32).tobytes() == panel(sheet, row, GRAFT, 32).tobytes()
 
 
-def test_same_seed_same_sheet_and_another_seed_another(pair):
-    first = contact_sheet(pair, n=2, size=32, seed=5).tobytes()
-    assert contact_sheet(pair, n=2, size=32, seed=5).tobytes() == first
-    assert contact_sheet(pair, n=2, size=32, seed=6).tobytes() != first
-
-
-def test_real_images_are_shown_as_they_are_and_in_turn(pair):
+def test_real_images_are_shown_as_they_are_and_in_turn():
     real = torch.stack([torch.full((64, 64), -1.0), torch.full((64, 64), 1.0)])
-    kept = real.clone()
-    sheet = contact_sheet(pair, real, n=3, size=32)
-    assert [panel(sheet, row, 0, 32).getextrema() for row in range(3)] == [
-        ((0, 0),) * 3,
-        ((255, 255),) * 3,
-        ((0, 0),) * 3,
-    ]
-    assert "All synthetic but the column 'real'" in sheet.info["carim_aug"]
-    assert torch.equal(real, kept)
-    assert contact_sheet(pair, real[:, None], n=3, size=32).tobytes() == sheet.tobytes()
+    copied = real.clone()
+    sheet = contact_sheet(make_mix(), real, n=3, size=32)
+    greys = [panel(sheet, row, BACKGROUND, 32).getextrema() for row in range(3)]
+    assert greys == [((0, 0),) * 3, ((255, 255),) * 3, ((0, 0),) * 3]
+    assert "All synthetic but the real backgrounds" in sheet.info["carim_aug"] and torch.equal(real, copied)
+    assert contact_sheet(make_mix(), real[:, None], n=3, size=32).tobytes() == sheet.tobytes()
 
 
-def test_mask_panel_is_black_and_white_with_the_box_in_white(pair):
-    masks = panel(contact_sheet(pair, n=1, size=32), 0, 1, 32)
-    values = set(masks.convert("L").tobytes())
-    assert values == {0, 255}
-
-
-def test_difference_is_grey_where_nothing_changed(pair):
-    # A generator of zeros ignores its mask.
-    generator = NoduleGenerator({**pair[0].config.to_dict(), "spectral_norm": False}).eval()
-    with torch.no_grad():
-        for parameter in generator.parameters():
-            parameter.zero_()
-    sheet = contact_sheet((generator, pair[1]), n=1, size=32)
-    assert panel(sheet, 0, 5, 32).getextrema() == ((128, 128),) * 3
+def test_a_generator_of_zeros_adds_nothing_and_one_of_residuals_is_shown_in_phantoms(residuals_alone):
+    still = WholeImageGenerator({**generator().config.to_dict(), "spectral_norm": False})
+    for parameter in still.network.parameters():
+        parameter.zero_()
+    assert panel(contact_sheet((still, prior()), n=1, size=32), 0, ADDED, 32).getextrema() == ((128, 128),) * 3
+    sheet = contact_sheet((residuals_alone, prior()), n=1, size=32)
+    assert sheet.size[0] == 6 * 36 + GAP and sheet.info["carim_aug"].startswith("Synthetic nodules in phantoms; ")
+    assert panel(sheet, 0, ADDED, 32).getextrema() != ((128, 128),) * 3
 
 
 @pytest.mark.parametrize(
@@ -87,17 +78,14 @@ def test_difference_is_grey_where_nothing_changed(pair):
         ({"real": torch.zeros(2, 64, 64, dtype=torch.uint8)}, ValueError, "floating point"),
         ({"real": torch.full((1, 64, 64), 200.0)}, RangeError, "real must lie in"),
         ({"real": [[0.0]]}, TypeError, "real must be a tensor"),
+        ({"source": "mix"}, TypeError, "source must be a SyntheticNoduleMix or .*, got str"),
+        ({"source": (1, prior())}, TypeError, "generator must have .* got int"),
+        ({"source": (generator(), 2)}, TypeError, "prior must be .* got int"),
     ],
 )
-def test_bad_arguments_are_named(pair, change, error, words):
+def test_bad_arguments_are_named(change, error, words):
     with pytest.raises(error, match=words):
-        contact_sheet(pair, **change)
-
-
-@pytest.mark.parametrize("source", ["mix", (1, 2), None])
-def test_another_source_is_refused(source):
-    with pytest.raises(TypeError, match="source must be a SyntheticNoduleMix or a pair"):
-        contact_sheet(source)
+        contact_sheet(**{"source": make_mix(), **change})
 
 
 def test_outline_draws_a_ring_around_the_box_and_leaves_the_inside():
@@ -106,18 +94,20 @@ def test_outline_draws_a_ring_around_the_box_and_leaves_the_inside():
     ring = torch.zeros(20, 20, dtype=torch.bool)
     ring[5:15, 5:15] = True  # the box fills 8 to 11; two pixels between; the ring at 5 and 14
     ring[6:14, 6:14] = False
-    assert (out[:, ring] == GOLD[:, None]).all()
-    assert (out[:, ~ring] == 7).all()
-    assert (image == 7).all()
-
-
-def test_outline_of_no_box_is_the_image_in_three_channels():
+    assert (out[:, ring] == GOLD[:, None]).all() and (out[:, ~ring] == 7).all() and (image == 7).all()
     image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     assert torch.equal(outline(image, torch.zeros(0, 4)), image.repeat(3, 1, 1))
+    for bad, box, margin, words in (
+        (image.repeat(2, 1, 1), [0.0, 0.0, 9.0, 9.0], 2, "image must be .* got .2, 16, 16."),
+        (image.float(), [0.0, 0.0, 9.0, 9.0], 2, "uint8, got .*32"),
+        (image, [5.0, 5.0, 40.0, 9.0], 2, "inside the image"),
+        (image, [0.0, 0.0, 9.0, 9.0], -1, "margin must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            outline(bad, torch.tensor([box]), margin=margin)
 
 
 @given(x=st.floats(0, 27), y=st.floats(0, 27), width=st.floats(1, 5), height=st.floats(1, 5), margin=st.integers(0, 4))
-@settings(deadline=None, max_examples=50)
 def test_outline_never_touches_what_is_inside(x, y, width, height, margin):
     box = torch.tensor([[x, y, x + width, y + height]])
     out = outline(torch.zeros(3, 40, 40, dtype=torch.uint8), box, margin=margin)
@@ -127,22 +117,8 @@ def test_outline_never_touches_what_is_inside(x, y, width, height, margin):
     assert (out == GOLD[:, None, None]).all(0).any()
 
 
-@pytest.mark.parametrize(
-    ("image", "boxes", "words"),
-    [
-        (torch.zeros(2, 20, 20, dtype=torch.uint8), torch.zeros(0, 4), "image must be"),
-        (torch.zeros(1, 20, 20), torch.zeros(0, 4), "uint8"),
-        (torch.zeros(1, 20, 20, dtype=torch.uint8), torch.tensor([[5.0, 5.0, 4.0, 9.0]]), "x1 < x2"),
-        (torch.zeros(1, 20, 20, dtype=torch.uint8), torch.tensor([[5.0, 5.0, 40.0, 9.0]]), "inside the image"),
-    ],
-)
-def test_outline_refuses_bad_images_and_boxes(image, boxes, words):
-    with pytest.raises(ValueError, match=words):
-        outline(image, boxes)
-
-
-def test_batch_sheet_frames_the_synthetic_slots_only(pair):
-    mix = SyntheticNoduleMix(*pair, p=0.5, seed=1)
+def test_batch_sheet_frames_the_synthetic_images_only_in_any_range_and_channels():
+    mix = make_mix(p=0.5, seed=1)
     images, _ = mix(torch.full((6, 1, 32, 32), 100, dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
     synthetic = mix.last_params.synthetic.tolist()
     assert 0 < sum(synthetic) < 6
@@ -151,41 +127,22 @@ def test_batch_sheet_frames_the_synthetic_slots_only(pair):
     for i, framed in enumerate(synthetic):
         corner = panel(sheet, i // 4, i % 4, 40, top=0).getpixel((39, 39))
         assert corner == (COLOUR if framed else (100, 100, 100))
-
-
-def test_batch_sheet_of_three_channels_and_another_range(pair):
-    mix = SyntheticNoduleMix(*pair, p=1.0, value_range="imagenet")
+    with pytest.raises(ValueError, match="params must be of 2 images, got 6"):
+        batch_sheet(images[:2], mix.last_params)
+    with pytest.raises(ValueError, match="per_row must be at least 1, got 0"):
+        batch_sheet(images, mix.last_params, per_row=0)
+    mix = make_mix(p=1.0, value_range="imagenet")
     images, _ = mix(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
     assert batch_sheet(images, mix.last_params, value_range="imagenet", size=32).size == (2 * 36 + GAP, 36 + GAP + LINE)
 
 
-def test_batch_sheet_refuses_params_of_another_batch(pair):
-    mix = SyntheticNoduleMix(*pair)
-    images, _ = mix(torch.zeros(3, 1, 32, 32), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="params must be of 2 slots"):
-        batch_sheet(images[:2], mix.last_params)
-    with pytest.raises(ValueError, match="size must be at least 32"):
-        batch_sheet(images, mix.last_params, size=4)
-
-
-def test_stacked_puts_one_below_the_other():
-    both = stacked(Image.new("RGB", (10, 4), "red"), Image.new("RGB", (6, 3), "blue"))
+def test_pictures_are_stacked_and_say_in_their_file_what_they_are(tmp_path):
+    both = stack_pictures(Image.new("RGB", (10, 4), "red"), Image.new("RGB", (6, 3), "blue"))
     assert both.size == (10, 7)
-    assert both.getpixel((9, 3)) == (255, 0, 0) and both.getpixel((5, 6)) == (0, 0, 255)
-    assert both.getpixel((9, 6)) == (255, 255, 255)
-
-
-def test_saved_picture_says_in_its_file_what_it_is(pair, tmp_path):
-    sheet = contact_sheet(pair, n=1, size=32)
-    save_picture(sheet, tmp_path / "deep" / "sheet.png")
+    assert [both.getpixel(at) for at in ((9, 3), (5, 6), (9, 6))] == [(255, 0, 0), (0, 0, 255), (255, 255, 255)]
+    both.info["carim_aug"] = "synthetic"
+    save_picture(both, tmp_path / "deep" / "sheet.png")
     with Image.open(tmp_path / "deep" / "sheet.png") as again:
-        assert again.text["carim_aug"] == sheet.info["carim_aug"]
-        assert again.tobytes() == sheet.tobytes()
+        assert again.text["carim_aug"] == "synthetic" and again.tobytes() == both.tobytes()
     with pytest.raises(ValueError, match="must end with .png"):
-        save_picture(sheet, tmp_path / "sheet.jpg")
-
-
-def test_sheets_move_no_global_random_state(pair):
-    before = torch.random.get_rng_state()
-    contact_sheet(pair, n=1, size=32)
-    assert torch.equal(torch.random.get_rng_state(), before)
+        save_picture(both, tmp_path / "sheet.jpg")

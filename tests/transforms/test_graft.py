@@ -1,20 +1,16 @@
-import numpy as np
+"""What a graft does to pixels, by hand and for any images; what else is inserted is in test_apply."""
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tiny import generator, prior
+from torch import tensor
 
-from carim_aug.generators.render import Renderer
-from carim_aug.labels.policy import LabelPolicy
 from carim_aug.ops.boxes import feather
-from carim_aug.ops.images import resize
 from carim_aug.ops.value_range import ValueRange
-from carim_aug.transforms.graft import graft, insert, relabel
-from carim_aug.transforms.plan import NO_BOXES, Planner, Slot
+from carim_aug.transforms.graft import contrasts, graft
 
-RENDERER = Renderer(generator())
-CPU = torch.device("cpu")
+BOX = tensor([[8.0, 8.0, 16.0, 16.0]])  # of 32 pixels
 RANGES = {
     torch.uint8: ["auto"],
     torch.float32: ["auto", "symmetric", "xrv", "imagenet", (0, 4095), {"mean": 0.5, "std": 0.25}],
@@ -24,135 +20,76 @@ RANGES = {
 }
 
 
-def slot(*boxes, name="Nodule", index=0):
-    array = np.array(boxes, dtype=np.float32).reshape(-1, 4) if boxes else NO_BOXES
-    return Slot((0, 0, index), name, 17 + index, array, index)
-
-
-def planned(n, chance, seed):
-    planner = Planner(prior(), seed=seed, nodule="Nodule", chances={"Nodule": chance})
-    return [planner.decide((seed, 0, i), i, eligible=True) for i in range(n)]
-
-
 @st.composite
-def batches(draw):
-    """Images in their range, of any size, type and number of channels, and slots for them."""
+def cases(draw):
+    """Images in their range, of any size, type and number of channels; boxes; residuals."""
     dtype = draw(st.sampled_from(list(RANGES)))
     spec = draw(st.sampled_from(RANGES[dtype]))
     n, channels = draw(st.integers(1, 4)), 3 if spec == "imagenet" else draw(st.sampled_from([1, 3]))
     height, width = draw(st.integers(16, 70)), draw(st.integers(16, 70))
-    seed = draw(st.integers(0, 2**32))
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    value_range = ValueRange.of(spec)
     plain = torch.rand(n, 1, height, width, generator=random) * 2 - 1
-    ranged = ValueRange.of(spec)
-    images = ranged.from_symmetric(plain, channels=channels, dtype=dtype)
-    return images, planned(n, draw(st.sampled_from([0.0, 0.5, 1.0])), seed), ranged
+    images = value_range.from_symmetric(plain, channels=channels, dtype=dtype)
+    counts = [draw(st.integers(1, 3)) for _ in range(n)]
+    boxes = []
+    for count in counts:
+        corner = torch.rand(count, 2, generator=random) * 0.6
+        parts = torch.cat([corner, corner + 0.05 + 0.3 * torch.rand(count, 2, generator=random)], dim=1)
+        boxes.append(parts * tensor([width, height, width, height]))
+    residuals = torch.rand(sum(counts), 1, 32, 32, generator=random) * 4 - 2
+    return images, residuals, boxes, value_range
 
 
-@settings(deadline=None, max_examples=150)
-@given(batches())
-def test_whole_fills_synthetic_slots_and_leaves_the_others_alone(case):
-    images, slots, ranged = case
+@given(cases())
+def test_a_graft_differs_from_the_real_image_only_where_the_feathered_boxes_are_above_zero(case):
+    images, residuals, boxes, value_range = case
     before = images.clone()
-    mixed = insert(images, slots, insertion="whole", renderer=RENDERER, value_range=ranged)
+    mixed = graft(images, residuals, boxes, [1.0] * len(images), value_range)
     assert torch.equal(images, before) and mixed.shape == images.shape and mixed.dtype == images.dtype
-    places = [i for i, s in enumerate(slots) if s.synthetic]
-    if not places:
-        assert mixed is images
-        return
-    for i, s in enumerate(slots):
-        assert torch.equal(mixed[i], images[i]) is not s.synthetic
-    generated = resize(RENDERER.whole([slots[i] for i in places], CPU), images.shape[-2:])
-    expected = ranged.from_symmetric(generated, channels=images.shape[1], dtype=images.dtype)
-    assert torch.equal(mixed[places], expected)
-    ranged.check(mixed)
-
-
-@settings(deadline=None, max_examples=150)
-@given(batches())
-def test_graft_differs_from_the_real_image_only_where_the_feathered_mask_is_above_zero(case):
-    images, slots, ranged = case
-    before, size = images.clone(), tuple(images.shape[-2:])
-    mixed = insert(images, slots, insertion="graft", renderer=RENDERER, value_range=ranged)
-    assert torch.equal(images, before) and mixed.shape == images.shape and mixed.dtype == images.dtype
-    weight = feather([s.boxes_at(*size) for s in slots], size).expand_as(images)
+    weight = feather(boxes, images.shape[-2:]).expand_as(images)
     assert torch.equal(mixed[weight == 0], images[weight == 0])
-    ranged.check(mixed)
+    value_range.check(mixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_graft_adds_the_scaled_difference_by_hand(dtype):
-    chosen = [slot([0.25, 0.25, 0.5, 0.5])]
-    ranged, size = ValueRange.of("auto"), (64, 48)
-    images = (
-        torch.full((1, 3, *size), 100, dtype=torch.uint8) if dtype == torch.uint8 else torch.full((1, 3, *size), 0.4)
-    )
-    difference = torch.zeros(1, 1, 32, 32)
-    difference[:, :, 8:16, 8:16] = 0.5  # a quarter of the span of 2
-    mixed = graft(images, difference, chosen, ranged)
-    centre = mixed[0, :, 24, 18]
-    assert (
-        torch.equal(centre, torch.tensor([164] * 3, dtype=torch.uint8))
-        if dtype == torch.uint8
-        else (torch.allclose(centre, torch.tensor(0.65)))
-    )
-    assert torch.equal(mixed[0, :, 60, 40], images[0, :, 60, 40])
+def test_a_graft_adds_the_scaled_residual_by_hand(dtype):
+    images = torch.full((1, 3, 64, 48), 100 if dtype == torch.uint8 else 0.4, dtype=dtype)
+    residual = torch.zeros(1, 1, 32, 32)
+    residual[:, :, 8:16, 8:16] = 0.5  # a quarter of the span of 2
+    boxes = [tensor([[12.0, 16.0, 24.0, 32.0]])]
+    for strength, expected in (
+        (1.0, 164 if dtype == torch.uint8 else 0.65),
+        (0.5, 132 if dtype == torch.uint8 else 0.525),
+    ):
+        mixed = graft(images, residual, boxes, [strength], ValueRange.of("auto"))
+        assert mixed[0, :, 24, 18].tolist() == pytest.approx([expected] * 3)
+        assert torch.equal(mixed[0, :, 60, 40], images[0, :, 60, 40])
 
 
-def test_graft_is_clamped_to_the_range_and_only_where_it_changed():
-    chosen = [slot([0.25, 0.25, 0.5, 0.5])]
+def test_a_graft_is_clamped_to_the_range_and_only_where_it_changed():
     images = torch.full((1, 1, 32, 32), 0.9)
     images[..., 31] = 1.1  # overshoots a little, as a bicubic resize does
-    mixed = graft(images, torch.full((1, 1, 32, 32), 1.0), chosen, ValueRange.of("unit"))
+    mixed = graft(images, torch.full((1, 1, 32, 32), 1.0), [BOX], [1.0], ValueRange.of("unit"))
     assert mixed[..., 12, 12] == 1 and (mixed[..., 31] == 1.1).all()
 
 
-def test_a_slot_without_boxes_grafts_nothing():
-    images = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    mixed = insert(images, [slot()], insertion="graft", renderer=RENDERER, value_range=ValueRange.of("unit"))
-    assert torch.equal(mixed, images)
+def test_each_box_of_an_image_gets_its_own_residual():
+    images, boxes = torch.zeros(2, 1, 32, 32), [BOX, torch.cat([BOX, BOX + 14])]
+    residuals = tensor([0.2, 0.4, 0.6])[:, None, None, None].expand(-1, 1, 32, 32)
+    mixed = graft(images, residuals, boxes, [1.0, 1.0], ValueRange.of("symmetric"))
+    assert mixed[0, 0, 12, 12] == pytest.approx(0.2) and mixed[0, 0, 26, 26] == 0
+    assert mixed[1, 0, 12, 12] == pytest.approx(0.4) and mixed[1, 0, 26, 26] == pytest.approx(0.6)
 
 
-def test_three_channels_get_the_same_pixels():
-    for insertion in ("whole", "graft"):
-        images = torch.full((2, 3, 40, 30), 0.5)
-        mixed = insert(
-            images, planned(2, 1.0, 0), insertion=insertion, renderer=RENDERER, value_range=ValueRange.of("unit")
-        )
-        assert torch.equal(mixed[:, 0], mixed[:, 1]) and torch.equal(mixed[:, 0], mixed[:, 2])
+def test_the_contrast_is_ellipse_minus_ring_of_what_is_added_mean_over_the_boxes():
+    residuals = tensor([0.2, 0.4, 0.6])[:, None, None, None].expand(-1, 1, 32, 32)
+    one, two = contrasts(residuals, [BOX, torch.cat([BOX, BOX + 10])], [1.0, 1.0]).tolist()
+    assert 0.1 < one < 0.2 and two == pytest.approx(2.5 * one)  # the mean of 0.4 and 0.6 against 0.2
+    assert contrasts(residuals[:1], [BOX], [0.5]).item() == pytest.approx(one / 2)
 
 
 def test_a_gradient_flows_through_the_real_pixels():
-    images = torch.full((2, 1, 32, 32), 0.5, requires_grad=True)
-    chosen = [slot([0.2, 0.2, 0.4, 0.4]), Slot((0, 0, 1), None, 0, NO_BOXES, 1)]
-    insert(images, chosen, insertion="whole", renderer=RENDERER, value_range=ValueRange.of("unit")).sum().backward()
-    assert images.grad is not None
-    assert (images.grad[0] == 0).all() and (images.grad[1] == 1).all()
-
-
-def test_resize_keeps_what_has_the_size_and_is_exact_on_constants():
-    images = torch.full((2, 1, 32, 32), 0.25)
-    assert resize(images, (32, 32)) is images
-    for size in ((16, 16), (100, 73), (224, 224)):
-        assert torch.allclose(resize(images, size), torch.full((2, 1, *size), 0.25))
-
-
-def test_labels_follow_their_slots():
-    slots = [slot(name=None), slot(name="Nodule"), slot(name="No Finding")]
-    labels = torch.tensor([1, 0, 1])
-    policy = LabelPolicy().resolve(labels)
-    assert relabel(labels, slots, insertion="whole", policy=policy).tolist() == [1, 1, 0] and labels.tolist() == [
-        1,
-        0,
-        1,
-    ]
-    assert relabel(labels, slots[:1] * 3, insertion="whole", policy=policy) is labels
-
-    rows = torch.zeros(3, 14)
-    rows[:, 2], rows[1, 13], rows[2, 5] = 1, torch.nan, 1
-    policy = LabelPolicy().resolve(rows, batch=True)
-    whole = relabel(rows, slots, insertion="whole", policy=policy)
-    assert torch.equal(whole[0], rows[0]) and whole[1].nansum() == 1 and whole[1, 5] == 1 and whole[1, 13].isnan()
-    assert whole[2].sum() == 0
-    grafted = relabel(rows.numpy(), slots[:2] + slots[:1], insertion="graft", policy=policy)
-    assert isinstance(grafted, np.ndarray) and grafted[1, 2] == 1 and grafted[1, 5] == 1 and np.isnan(grafted[1, 13])
+    images = torch.full((1, 1, 32, 32), 0.5, requires_grad=True)
+    graft(images, torch.full((1, 1, 32, 32), 0.1), [BOX], [1.0], ValueRange.of("unit")).sum().backward()
+    assert (images.grad == 1).all()

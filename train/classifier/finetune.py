@@ -1,140 +1,98 @@
-"""Training of one classifier from a given start, the same way for every data set that is compared (METHOD 8, Table 2).
+"""Training of one classifier from a given start, the same way for every data set that is compared (Table 2).
 
-A count of films shown, AdamW with one cycle, films moved a little; no early stopping: nothing is chosen on any split.
+A count of images shown, AdamW with one cycle, images moved a little; no early stopping: nothing is chosen on any split.
 """
 
-import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from carim_aug.ops.random import fold
+from train.classifier.batch import move
 from train.classifier.densenet import ChestClassifier
-from train.common.labelled import scaled, turned
-from train.common.run import PATIENCE, Run, RunError, TrainingError
+from train.common.distributed import launch
+from train.common.images import to_symmetric
+from train.common.loop import Buffers, Loop, descend
+from train.common.run import Run, RunError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""Films (B, 1, S, S) uint8 and targets (B,) or (B, F), one epoch of them."""
+"""Images (B, 1, S, S) uint8 and targets (B,) or (B, F), one epoch of them."""
 
 
 @dataclass(frozen=True)
 class FinetunePreset:
-    """Numbers of one training.
+    """Numbers of one training."""
 
-    Attributes:
-        size: side in pixels at which the network sees films.
-        images: films to show in all.
-        batch: films a step.
-        learning_rate: AdamW's largest, after a warm-up of a tenth of the images, then a cosine to zero.
-        weight_decay: AdamW's.
-        snapshot_images: a checkpoint every so many films.
-    """
-
-    size: int = 224
-    images: int = 400_000
-    batch: int = 32
-    learning_rate: float = 3e-4
-    weight_decay: float = 1e-2
-    snapshot_images: int = 50_000
+    size: int = 224  # side in pixels at which the network sees images
+    images: int = 400_000  # to show in all
+    batch: int = 32  # images a step
+    learning_rate: float = 3e-4  # AdamW's largest, after a warm-up of a tenth of the images
+    weight_decay: float = 1e-2  # AdamW's
+    snapshot_images: int = 50_000  # a checkpoint every so many images
 
 
 def finetune(
-    classifier: ChestClassifier,
-    epochs: Callable[[int], Batches],
+    classifier: ChestClassifier,  # at its start; one logit for each column of the targets
+    epochs: Callable[[int], Batches],  # from an epoch's number to batches of `preset.batch`, the same at each call
     preset: FinetunePreset,
     run: Run,
     *,
-    seed: int,
-    device: torch.device | str = "cpu",
-    bf16: bool = True,
+    seed: int,  # of how images are moved
+    device: str = "cpu",
+    precision: str = "auto",  # of `train.common.distributed.PRECISIONS`
 ) -> ChestClassifier:
-    """Trains a classifier, or goes on with it, and gives it in eval mode.
-
-    Args:
-        classifier: at its start; one logit for each column of the targets.
-        epochs: from an epoch's number to its batches, the same at each call.
-        preset: the numbers.
-        run: its folder.
-        seed: of how films are moved.
-        device: where to train.
-        bf16: bfloat16 where autocast finds it safe.
+    """Train a classifier, or go on with it, and return it in eval mode.
 
     Raises:
-        RunError: fewer films than a batch.
-        TrainingError: losses are not finite.
+        RunError: fewer images than a batch.
+        TrainingError: losses are not finite, or nothing can be saved.
     """
-    where = torch.device(device)
-    classifier = classifier.to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(classifier.parameters(), preset.learning_rate, weight_decay=preset.weight_decay)
-    seen, epoch, done, row, shown = 0, 0, 0, 0, 0
-    state = run.load()
-    if state is not None:
-        seen, epoch, done = state["images_seen"], state["epoch"], state["done"]
+    fabric = launch(device, precision=precision)
+    classifier = classifier.to(memory_format=torch.channels_last).to(fabric.device)
+    network = fabric.setup_module(classifier)
+    optimizer: Any = fabric.setup_optimizers(
+        torch.optim.AdamW(classifier.parameters(), preset.learning_rate, weight_decay=preset.weight_decay)
+    )
+    state = run.load() or {"images_seen": 0, "epoch": 0, "done": 0}
+    if "classifier" in state:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
-    run.rewind(seen)
-    total = torch.zeros((), device=where)
+    run.start(state["images_seen"], device=str(fabric.device))
+    progress = {"images_seen": state["images_seen"], "log_images": preset.snapshot_images}
+    loop = Loop(run, images=preset.images, batch=preset.batch, name=run.folder.name, **progress)
+    batches = _batches(epochs, preset.batch, epoch=state["epoch"], done=state["done"])
     classifier.train()
-    with tqdm(total=preset.images, initial=seen, unit="image", desc=run.folder.name) as bar:
-        while seen < preset.images:
-            for number, (films, targets) in enumerate(epochs(epoch)):
-                if number < done:  # shown before the run was cut
-                    continue
-                if seen >= preset.images:
-                    break
-                part = seen / preset.images
-                rate = preset.learning_rate * min(part * 10 + 1e-3, 0.5 + 0.5 * math.cos(math.pi * part))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                stream = torch.Generator().manual_seed(fold(seed, seen, 9))
-                images = scaled(films.to(where))
-                images, _ = turned(images, torch.zeros_like(images[:, :, :1, :1]), stream)
-                with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-                    logits = classifier(images)
-                wanted = targets.to(where).float().reshape(logits.shape)
-                loss = F.binary_cross_entropy_with_logits(logits.float(), wanted)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                slopes = [p.grad for p in classifier.parameters() if p.grad is not None]
-                row = 0 if math.isfinite(float(get_total_norm(slopes))) else row + 1
-                if row >= PATIENCE:
-                    raise TrainingError(f"{run.folder}: loss not finite in {row} updates in a row, after {seen} films")
-                if row == 0:
-                    optimizer.step()
-                total += loss.detach() * len(films)
-                shown += len(films)
-                before, seen, done = seen, seen + len(films), number + 1
-                bar.update(len(films))
-                if seen // preset.snapshot_images > before // preset.snapshot_images and seen < preset.images:
-                    kept = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-                    run.save({**kept, "images_seen": seen, "epoch": epoch, "done": done}, seen)
-            else:
-                if not done:
-                    raise RunError(f"data must hold at least a batch of {preset.batch} films, got fewer")
-                run.log(images=seen, epoch=epoch, loss=float(total) / max(shown, 1))
-                total.zero_()
-                epoch, done, shown = epoch + 1, 0, 0
+    for seen in loop:
+        loop.set_rate(optimizer, preset.learning_rate, warm_up=0.1)
+        epoch, done, (images, targets) = next(batches)
+        images = move(to_symmetric(images.to(fabric.device)), torch.Generator().manual_seed(fold(seed, seen, 9)))
+        before = Buffers([classifier])
+        logits = network(images)
+        loss = F.binary_cross_entropy_with_logits(logits, targets.to(fabric.device).float().reshape(logits.shape))
+        finite = descend({"loss": loss}, optimizer, fabric=fabric, before=before)
+        loop.update({"loss": loss.detach()}, finite, epoch=epoch)
+        if loop.due(preset.snapshot_images):
+            now = {"images_seen": loop.images_seen, "epoch": epoch, "done": done}
+            state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), **now}
+            loop.try_save(partial(run.save, state, loop.images_seen))
+    loop.close()
     return classifier.eval()
 
 
-def write_classifier(classifier: ChestClassifier, path: str | Path, **facts: Any) -> None:
-    """Writes a classifier's file whole or not at all."""
-    aside = Path(f"{path}.partial")
-    classifier.save(aside, **facts)
-    os.replace(aside, path)
-
-
-@torch.no_grad()
-def scores_of(classifier: ChestClassifier, films: Tensor, *, bf16: bool = True, batch: int = 64) -> Tensor:
-    """Gives logits (N, F) float32 on the CPU, of films (N, 1, S, S) uint8."""
-    where = next(classifier.parameters()).device
-    with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-        return torch.cat([classifier(scaled(part.to(where))).float().cpu() for part in films.split(batch)])
+def _batches(
+    epochs: Callable[[int], Batches], batch: int, *, epoch: int, done: int
+) -> Iterator[tuple[int, int, tuple[Tensor, Tensor]]]:
+    """Yield epoch, batches of it that have been shown then, and the batch, after the `done` ones of an epoch."""
+    while True:
+        number = 0
+        for number, found in enumerate(epochs(epoch), start=1):
+            if number > done:
+                yield epoch, number, found
+        if not number:
+            raise RunError(f"data must hold at least a batch of {batch} images, got fewer")
+        epoch, done = epoch + 1, 0

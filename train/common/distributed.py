@@ -1,7 +1,8 @@
 """Devices of one training, and which part of a batch is whose: one GPU, several, several nodes, or the CPU."""
 
+import resource
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -9,100 +10,89 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
 
+from carim_aug.ops.precision import compute_dtype
 from train.common.run import RunError
-from train.gan.batch import Batch
-from train.gan.diffaugment import DiffAugment
 
-PRECISIONS: tuple[str, ...] = ("bf16-mixed", "32-true")
-"""bfloat16 where autocast finds it safe, or float32 throughout."""
+# bfloat16 where the hardware has it, bfloat16 where autocast finds it safe, float32 throughout
+PRECISIONS: tuple[str, ...] = ("auto", "bf16-mixed", "32-true")
 
-Told = TypeVar("Told")
+Value = TypeVar("Value")
 
 
-def launched(
-    device: str = "cpu", *, devices: int = 1, nodes: int = 1, precision: str = "bf16-mixed", unused: bool = False
+def launch(
+    device: str = "cpu", *, devices: int = 1, nodes: int = 1, precision: str = "auto", unused: bool = False
 ) -> Fabric:
-    """Gives Fabric with its processes running; each of them runs the caller's program from the start.
+    """Return Fabric with its processes running, `devices` on each node, each in the caller's program from the start.
 
-    Args:
-        device: "cpu" or "cuda".
-        devices: on each node; processes, on the CPU.
-        nodes: machines; each is given the same command by its launcher (torchrun or SLURM).
-        precision: of `PRECISIONS`.
-        unused: some parameters have no gradient in some steps.
-
-    Raises:
-        RunError: no such precision or device, or fewer devices than asked for.
+    Every node is given the same command by its launcher (torchrun or SLURM). With `unused`, some parameters have no
+    gradient in some steps.
     """
-    if precision not in PRECISIONS:
-        raise RunError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if device not in ("cpu", "cuda"):
-        raise RunError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and torch.cuda.device_count() < devices:
-        raise RunError(f"devices must be at most the {torch.cuda.device_count()} CUDA devices here, got {devices}")
-    several = devices * nodes > 1
-    strategy: Any = DDPStrategy(find_unused_parameters=unused) if several else "auto"
-    fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+    options: dict[str, Any] = {"precision": resolve_precision(precision, device, devices)}
+    if devices * nodes > 1:
+        options["strategy"] = DDPStrategy(find_unused_parameters=unused)
+    fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, **options)
     fabric.launch()
     return fabric
 
 
-def agreed(fabric: Fabric, value: Told) -> Told:
-    """Gives the first process's value in all of them."""
-    return fabric.broadcast(value) if fabric.world_size > 1 else value
+def resolve_precision(precision: str, device: str, devices: int = 1) -> str:
+    """Return what one of `PRECISIONS` comes to on a device, "bf16-mixed" or "32-true"; RunError without the devices."""
+    if device not in ("cpu", "cuda"):
+        raise RunError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and torch.cuda.device_count() < devices:
+        raise RunError(f"devices must be at most the {torch.cuda.device_count()} CUDA devices here, got {devices}")
+    if precision not in PRECISIONS:
+        raise RunError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    return "bf16-mixed" if compute_dtype("auto", device) == torch.bfloat16 else "32-true"
 
 
-def in_first(fabric: Fabric, do: Callable[[], Told]) -> Told | None:
-    """Gives what the first process alone does, and None in the others; errors are raised in all."""
-    if fabric.world_size == 1:
-        return do()
+def broadcast(fabric: Fabric | None, value: Value) -> Value:
+    """Return the first process's value in all of them."""
+    return fabric.broadcast(value) if fabric is not None and fabric.world_size > 1 else value
+
+
+def in_first(fabric: Fabric, do: Callable[[], Value]) -> Value | None:
+    """Return what the first process alone does, and None in the others; errors are raised in all."""
     done, problem = None, None
     if fabric.is_global_zero:
         try:
             done = do()
         except (ValueError, OSError) as error:
             problem = error
-    problem = fabric.broadcast(problem)
+    problem = broadcast(fabric, problem)
     if problem is not None:
         raise problem
     return done
 
 
+def peak_memory() -> int:
+    """Return the most memory used so far, in MiB: of this process's GPU, or resident where it uses none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 @dataclass(frozen=True)
 class Part:
-    """Which rows of a batch are this process's: every `ranks`-th, so that all kinds of rows are shared out evenly.
+    """Which rows of a batch are this process's: every `ranks`-th, so that all kinds of rows are shared out evenly."""
 
-    Attributes:
-        rank: of this process.
-        ranks: processes in all.
-    """
-
-    rank: int = 0
-    ranks: int = 1
+    rank: int = 0  # of this process
+    ranks: int = 1  # processes in all
 
     def of(self, rows: Tensor) -> Tensor:
-        """Gives this process's rows of any tensor."""
-        return rows if self.ranks == 1 else rows[self.rank :: self.ranks]
+        """Return this process's rows of any tensor."""
+        return rows[self.rank :: self.ranks]
 
     def halves(self, rows: Tensor) -> Tensor:
-        """Gives this process's rows of a tensor whose halves are of two kinds: the same rows of each."""
+        """Return this process's rows of a tensor whose halves are of two kinds: the same rows of each."""
         return rows if self.ranks == 1 else torch.cat([self.of(half) for half in rows.chunk(2)])
 
-    def batch(self, batch: Batch) -> Batch:
-        """Gives this process's part of a batch of real films and requests."""
-        if self.ranks == 1:
-            return batch
-        parts = {f.name: self.of(getattr(batch, f.name)) for f in fields(batch)}
-        return replace(batch, **parts | {k: self.halves(getattr(batch, k)) for k in ("images", "classes")})
+    def gather(self, rows: Tensor, fabric: Fabric) -> Tensor:
+        """Return all processes' rows, with gradient to this one's."""
+        return rows if self.ranks == 1 else torch.as_tensor(fabric.all_gather(rows, sync_grads=True)).flatten(0, 1)
 
-    def changes(self, change: DiffAugment) -> DiffAugment:
-        """Gives this process's rows of an augmentation that was drawn for the whole batch."""
-        return DiffAugment(*(self.halves(getattr(change, f.name)) for f in fields(change)))
-
-    def gathered(self, rows: Tensor, fabric: Fabric) -> Tensor:
-        """Gives all processes' rows, with gradient to this one's."""
-        return rows if self.ranks == 1 else fabric.all_gather(rows, sync_grads=True).flatten(0, 1)
-
-    def summed(self, value: Tensor, fabric: Fabric) -> Tensor:
-        """Gives the sum over all processes."""
-        return value if self.ranks == 1 else fabric.all_reduce(value, reduce_op="sum")
+    def sum(self, value: Tensor, fabric: Fabric) -> Tensor:
+        """Return the sum over all processes."""
+        return value if self.ranks == 1 else torch.as_tensor(fabric.all_reduce(value, reduce_op="sum"))

@@ -5,7 +5,6 @@ checkpoint, each file whole or not at all, and log lines from after the checkpoi
 """
 
 import contextlib
-import copy
 import io
 import json
 import math
@@ -16,17 +15,15 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-PATIENCE = 10
-"""Updates in a row that may be skipped for not being finite."""
+FREE = ("precision",)  # entries of a recipe that may differ: a run goes on where another machine computes otherwise
 
 
 class RunError(ValueError):
@@ -38,36 +35,23 @@ class TrainingError(RuntimeError):
 
 
 class Run:
-    """The folder of one run; the same folder resumes it.
+    """The folder of one run; the same folder resumes it, and one of another recipe is refused with RunError.
 
-    Files: recipe.json; log.jsonl, one line of scalars each report, and the same in tensorboard/; events.jsonl, starts
-    and faults; checkpoint-*.pt, the newest last; best.pt, the best so far, where something chooses.
-
-    Args:
-        folder: made if missing.
-        recipe: everything that fixes the run, as plain JSON types. A folder that holds another recipe is refused.
-        keep: how many checkpoints to keep.
-        defaults: what recipes from before an entry of `recipe["preset"]` existed are taken to mean.
-        begin: write the recipe at once; else when `begin` is called: a start that fails should fix nothing.
-
-    Raises:
-        RunError: the folder cannot be written, or holds another recipe.
+    Files: recipe.json; log.jsonl, one line of scalars each report; events.jsonl, starts and faults;
+    checkpoint-*.pt, the newest last; best.pt, the best so far, where something chooses.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        recipe: dict[str, Any],
+        recipe: dict[str, Any],  # everything that fixes the run, as plain JSON types
         *,
-        keep: int = 2,
-        defaults: dict[str, Any] | None = None,
-        begin: bool = True,
+        keep: int = 2,  # checkpoints
+        migrate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,  # of an older "preset", to today's terms
+        begin: bool = True,  # write the recipe at once; else in `start`: a start that fails should fix nothing
     ) -> None:
-        """Makes or reopens the folder."""
         self.folder, self.keep, self.recipe = Path(folder), keep, recipe
-        path = self.folder / "recipe.json"
         self._waiting: dict[Path, list[str]] = {}
-        self._board: SummaryWriter | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("*.partial"):
@@ -78,70 +62,46 @@ class Run:
             (self.folder / "probe").unlink()
         except OSError as error:
             raise RunError(f"out must be a folder that can be written, got {folder} ({error})") from error
-        now = json.loads(json.dumps(recipe))
-        before = json.loads(path.read_text()) if path.exists() else copy.deepcopy(now)
-        if defaults and "preset" in before:
-            before["preset"] = {**defaults, **before["preset"]}
-        changed = differences(before, now)
+        path, now = self.folder / "recipe.json", json.loads(json.dumps(recipe))
+        before = json.loads(path.read_text()) if path.exists() else now
+        if migrate is not None and "preset" in before:
+            before = {**before, "preset": migrate(before["preset"])}
+        changed = differences(*({k: v for k, v in r.items() if k not in FREE} for r in (before, now)))
         if changed:
             raise RunError(f"{path} holds another recipe (differs in {changed}): give another --out folder")
         if begin:
-            self.begin()
+            self._write_recipe()
 
-    def begin(self) -> None:
-        """Writes the recipe, if the folder has none yet."""
-        path = self.folder / "recipe.json"
-        if not path.exists():
-            write_whole(path, json.dumps(self.recipe, indent=2).encode())
+    def start(self, images: int, unreadable: Sequence[str] = (), **facts: Any) -> None:
+        """Begin or go on after so many images, and write down that it was, and which images were left out."""
+        self._write_recipe()
+        self.rewind(images)
+        self.event("started", images=images, **facts)
+        for problem in unreadable:
+            self.event("image left out", error=problem)
 
     def log(self, *, images: int, **scalars: Any) -> None:
-        """Adds one line to log.jsonl, with the time, and its finite scalars to TensorBoard."""
+        """Add one line to log.jsonl, with the time; scalars that are not finite are left out."""
         finite = {k: v for k, v in scalars.items() if not isinstance(v, float) or math.isfinite(v)}
         self._append("log.jsonl", {"time": round(time.time(), 1), "images": images, **finite})
-        with self._tolerant("tensorboard"):
-            if self._board is None:
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=images)
-            for name, value in finite.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, images)
 
     def event(self, what: str, **facts: Any) -> None:
-        """Adds one line to events.jsonl and tells it on the console."""
+        """Add one line to events.jsonl and print it to the console."""
         self._append("events.jsonl", {"time": round(time.time(), 1), "event": what, **facts})
-        told = ", ".join(f"{k} {v}" for k, v in facts.items())
-        tqdm.write(f"{self.folder.name}: {what}: {told}" if told else f"{self.folder.name}: {what}", file=sys.stderr)
-
-    def picture(self, name: str, image: Tensor, images: int) -> None:
-        """Adds a picture (3, H, W), [0, 1], to TensorBoard."""
-        with self._tolerant("tensorboard"):
-            if self._board is not None:
-                self._board.add_image(name, image, images)
+        details = ", ".join(f"{k} {v}" for k, v in facts.items())
+        tqdm.write(f"{self.folder.name}: {what}{': ' if details else ''}{details}", file=sys.stderr)
 
     def close(self) -> None:
-        """Writes what still waits."""
-        for name in list(self._waiting):
-            self._append(name.name, None)
-        with self._tolerant("tensorboard"):
-            if self._board is not None:
-                self._board.close()
-        self._board = None
+        """Write what still waits."""
+        for path in list(self._waiting):
+            self._append(path.name, None)
 
     def checkpoints(self) -> list[Path]:
-        """Gives the checkpoints, oldest first."""
+        """Return the checkpoints, oldest first."""
         return sorted(self.folder.glob("checkpoint-*.pt"))
 
     def save(self, state: dict[str, Any], images: int, *, best: bool = False) -> Path:
-        """Writes a checkpoint whole or not at all, and drops all but the last `keep`.
-
-        Args:
-            state: tensors and plain types.
-            images: seen so far.
-            best: keep it as best.pt too.
-
-        Raises:
-            TrainingError: a tensor is not finite; nothing is written.
-            OSError: as the disk has it; the checkpoints from before are intact.
-        """
+        """Write a checkpoint of finite tensors and plain types (and best.pt) whole or not at all; keep the last."""
         broken = [name for name, tensor in tensors(state) if not bool(tensor.isfinite().all())]
         if broken:
             raise TrainingError(f"{self.folder}: after {images} images {broken[0]} is not finite, so nothing is saved")
@@ -156,7 +116,7 @@ class Run:
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """Gives the newest checkpoint that can be read, or None."""
+        """Return the newest checkpoint that can be read, or None."""
         for path in reversed(self.checkpoints()):
             try:
                 return read_checkpoint(path)
@@ -165,11 +125,22 @@ class Run:
         return None
 
     def rewind(self, images: int) -> None:
-        """Drops log lines from after so many images: they come again."""
+        """Drop log lines from after so many images: they come again."""
+
+        def images_of(line: str) -> int:
+            with contextlib.suppress(ValueError):  # a line that was cut off
+                return json.loads(line).get("images") or images + 1
+            return images + 1
+
         path = self.folder / "log.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if (_images_of(line) or images + 1) <= images]
-            write_whole(path, "".join(line + "\n" for line in kept).encode())
+            lines = [line for line in path.read_text().splitlines() if images_of(line) <= images]
+            write_whole(path, "".join(line + "\n" for line in lines).encode())
+
+    def _write_recipe(self) -> None:
+        path = self.folder / "recipe.json"
+        if not path.exists():
+            write_whole(path, json.dumps(self.recipe, indent=2).encode())
 
     def _append(self, name: str, line: dict[str, Any] | None) -> None:
         # A full disk must not stop the training: lines wait until they can be written.
@@ -184,21 +155,9 @@ class Run:
         except OSError:
             self._waiting[path] = lines
 
-    @contextlib.contextmanager
-    def _tolerant(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._board = None
-            self._append("events.jsonl", {"time": round(time.time(), 1), "event": f"{what}: {error}"})
-
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file whole or not at all: aside, to the disk, and moved into place.
-
-    Raises:
-        OSError: as the disk has it; a file from before is intact.
-    """
+    """Write a file whole or not at all: aside, to the disk, and moved into place; OSError as the disk has it."""
     part = path.with_name(path.name + ".partial")
     try:
         with part.open("wb") as file:
@@ -212,7 +171,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def folder_whole(parent: Path, name: str) -> Iterator[Path]:
-    """Gives an empty folder to fill, which replaces folder `name` of the parent at the end of the block.
+    """Give an empty folder to fill, which replaces folder `name` of the parent at the end of the block.
 
     A process killed between the two renames leaves `name`.old, which opening a `Run` there puts back.
     """
@@ -227,11 +186,7 @@ def folder_whole(parent: Path, name: str) -> Iterator[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Gives a checkpoint: tensors and plain types only; nothing is unpickled.
-
-    Raises:
-        RunError: it is missing, cut off or damaged.
-    """
+    """Return a checkpoint, without unpickling anything; RunError if it is missing, cut off or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself checks no CRC
             if (damaged := archive.testzip()) is not None:
@@ -242,17 +197,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Gives all floating-point tensors of nested dicts and lists, with their places."""
-    if isinstance(state, Tensor):
-        if state.is_floating_point():
-            yield name, state
+    """Yield all floating-point tensors of nested dicts and lists, with their places."""
+    if isinstance(state, Tensor) and state.is_floating_point():
+        yield name, state
     elif isinstance(state, dict | list | tuple):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             yield from tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Gives the names of entries that differ, those of inner dicts with a dot."""
+    """Return the names of entries that differ, those of inner dicts with a dot."""
     names: list[str] = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
@@ -263,21 +217,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return names
 
 
-def _images_of(line: str) -> int | None:
-    try:
-        return json.loads(line).get("images")
-    except ValueError:
-        return None
-
-
 def git_commit() -> str:
-    """Gives the checkout's commit, with '+' if files differ from it, or 'unknown'."""
-    here = Path(__file__).parent
+    """Return the checkout's commit, with '+' if files differ from it, or 'unknown'."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, check=False).returncode != 0
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
         return "unknown"
-    return commit + ("+" if dirty else "")
+    return done.stdout.strip() or "unknown"

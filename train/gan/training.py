@@ -1,103 +1,67 @@
-"""The CARIM-cGAN: `python -m train.gan --preset fast128 --data FOLDER --out runs/fast128` (METHOD 6).
+"""The CARIM-cGAN's training, one stage: data, generate, update D, update G, EMA, log, snapshot.
 
-Stage 2 goes on from a run of stage 1: `... --start runs/fast128 --classifier FILE --out runs/stage2`. The same command
-resumes. `--weights FOLDER` fine-tunes an exported generator on other films. `--devices 4` trains on four GPUs,
-`--nodes 2` on two machines, each started by torchrun or SLURM. Everything random is keyed by (seed, images seen).
-
-Our extensions to the source, each a number of the preset: no batch norm in the discriminators, DiffAugment, progressive
-branches, matched pairs in every batch (same noise with and without mask), discriminators of crops at the mask, CT
-nodules superimposed on normal films, brightness held to that of real films.
+Everything random is keyed by (seed, images seen), so that a run that was cut goes on bit for bit.
 """
 
-import argparse
+import contextlib
+import json
 import math
-import resource
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from carim_aug.data.ct_nodules import CTNodules
-from carim_aug.data.errors import DataError
-from carim_aug.generators.multiscale import ARCHITECTURES
-from carim_aug.generators.pretrained import WeightsError
+from carim_aug.generators.multiscale import ARCHITECTURES, GeneratorConfig, MultiScaleGenerator
+from carim_aug.generators.pretrained import NoduleGenerator
 from carim_aug.location.prior import LocationPrior
 from carim_aug.ops.random import fold
-from train.classifier.densenet import ChestClassifier, ClassifierError
-from train.common.distributed import PRECISIONS, agreed, in_first, launched
-from train.common.run import PATIENCE, Run, RunError, TrainingError
-from train.gan.batch import Batch, Films, draw_batch, read_films
-from train.gan.choice import Choice
-from train.gan.influence import Influence
+from train.classifier.densenet import ChestClassifier
+from train.common.distributed import broadcast, in_first, launch, resolve_precision
+from train.common.images import ImageSet, read_images
+from train.common.loop import Loop
+from train.common.run import Run, RunError, read_checkpoint
+from train.gan.batch import draw_batch
+from train.gan.losses import CARIMRegularizer
 from train.gan.networks import Networks
-from train.gan.presets import DEFAULTS, PRESETS, GANPreset, changed
-from train.gan.snapshots import Snapshots
-from train.gan.start import (
-    check_films,
-    check_preset,
-    first_stage,
-    named_preset,
-    restore,
-    starting_generator,
-    trained_generator,
-)
-from train.gan.step import Asked, Wrapped, train_step
+from train.gan.presets import GANPreset, current_numbers
+from train.gan.snapshots import BestByKID, Snapshots
+from train.gan.step import TrainState, train_step
+
+# Numbers of a preset that fix the networks.
+SAME = ("architecture", "discriminator_width", "discriminator_channels", "condition_dim", "discriminator_norm")
 
 
 def train_gan(
     preset: GANPreset,
     *,
-    data: str | Path,
-    ct_nodules: str | Path | None,
-    out: str | Path,
-    seed: int = 0,
-    minutes: float = math.inf,
-    data_name: str = "",
-    note: str = "",
-    device: str = "cpu",
-    devices: int = 1,
-    nodes: int = 1,
-    precision: str = "bf16-mixed",
-    compiled: bool = False,
-    prior: LocationPrior | None = None,
-    limit: int | None = None,
-    any_size: bool = False,
-    start: str | Path | None = None,
-    classifier: str | Path | None = None,
-    weights: str | Path | None = None,
-    encoder: str | Path | None = None,
-    told: Callable[[Path, dict[str, Any]], None] | None = None,
+    data: str | Path,  # ChestX-ray14's layout with a train split
+    ct_nodules: str | Path | None,  # templates.npz, or None to train without superimposed nodules
+    out: str | Path,  # the run's folder
+    seed: int = 0,  # of everything random
+    minutes: float = math.inf,  # stop after so long (the same command goes on later)
+    data_name: str = "",  # what the data are called in the weights; the folder's name by default
+    note: str = "",  # kept in the recipe: what its numbers do not say
+    device: str = "cpu",  # "cpu" or "cuda"
+    devices: int = 1,  # on each node, each with its part of every batch
+    nodes: int = 1,  # machines
+    precision: str = "auto",  # of `train.common.distributed.PRECISIONS`
+    compiled: bool = False,  # torch.compile the networks' blocks: minutes at first, faster afterwards on a GPU
+    prior: LocationPrior | None = None,  # of the masks; the bundled one by default
+    limit: int | None = None,  # at most so many normal images (for trials)
+    any_size: bool = False,  # take images of several sizes, each squeezed to a square
+    start: str | Path | None = None,  # a run of stage 1 whose best or newest checkpoint stage 2 starts from
+    classifier: str | Path | None = None,  # file of the frozen classifier of stage 2; see `ChestClassifier.load`
+    weights: str | Path | None = None,  # an exported generator (folder or hub id) that stage 1 starts from
+    encoder: str | Path | None = None,  # file of `train.classifier.encoders`: KID on val, the lowest kept in best/
+    on_snapshot: Callable[[Path, dict[str, Any]], None] | None = None,  # see `train.gan.snapshots.Snapshots`
 ) -> Path:
-    """Trains one stage, or goes on with it, and writes the averaged generator; gives its folder.
+    """Train one stage, or go on with it, write the averaged generator, and return its folder.
 
-    Args:
-        preset: the numbers.
-        data: ChestX-ray14's layout with a train split.
-        ct_nodules: templates.npz, or None to train without superimposed nodules.
-        out: the run's folder.
-        seed: of everything random.
-        minutes: stop after so long (the same command goes on later).
-        data_name: what the data are called in the weights; the folder's name by default.
-        note: kept in the recipe: what its numbers do not say.
-        device: "cpu" or "cuda".
-        devices: on each node, each with its part of every batch.
-        nodes: machines.
-        precision: of `train.common.distributed.PRECISIONS`.
-        compiled: torch.compile the networks' blocks: minutes at first, faster afterwards on a GPU.
-        prior: of the masks; the bundled one by default.
-        limit: at most so many normal films (for trials).
-        any_size: take films of several sizes, each squeezed to a square.
-        start: a run of stage 1 whose best or newest checkpoint stage 2 starts from.
-        classifier: file of the frozen classifier of stage 2; see `ChestClassifier.load`.
-        weights: an exported generator (folder or hub id) that stage 1 starts from, with all branches, in place of an
-            untrained one; the discriminators start untrained and learn alone for `preset.warm_up` images.
-        encoder: file of `train.classifier.encoders`: KID and FID on val at each snapshot, the lowest KID kept in best/.
-        told: is given a folder of weights and their figures after each snapshot: the best, or the newest and nothing
-            where nothing chooses.
+    Given weights start with all branches; their discriminators start untrained and learn alone for `preset.warm_up`
+    images.
 
     Raises:
         RunError: something does not fit; nothing was trained.
@@ -110,214 +74,153 @@ def train_gan(
     if weights is not None or start is not None:
         preset = replace(preset, grow_at=())  # all branches are trained already
     check_preset(preset, devices * nodes)
-    trained = trained_generator(weights, preset) if weights is not None else None
-    fabric = launched(device, devices=devices, nodes=nodes, precision=precision, unused=bool(preset.grow_at))
     config = ARCHITECTURES[preset.architecture]
-    recipe: dict[str, Any] = {
-        "preset": preset.numbers(),
-        "architecture": config.to_dict(),
-        "seed": seed,
-        "ct_nodules": ct_nodules is not None,
-        "data": data_name or Path(data).name,
-    }
+    precision = resolve_precision(precision, device)
+
+    # What the run starts from, and its folder.
+    trained = load_trained(weights, config) if weights is not None else None
+    fabric = launch(device, devices=devices, nodes=nodes, precision=precision, unused=bool(preset.grow_at))
+    recipe: dict[str, Any] = {"preset": preset.numbers(), "architecture": config.to_dict(), "seed": seed}
+    recipe |= {"ct_nodules": ct_nodules is not None, "data": data_name or Path(data).name, "precision": precision}
     recipe |= {"note": note} if note else {}
-    recipe |= {"precision": precision} if precision != "bf16-mixed" else {}
     recipe |= {"weights": trained.weights_hash} if trained is not None else {}
-    influence, begun, frozen_classifier = None, None, None
+    regularizer, first_stage = None, None
     if start is not None and classifier is not None:
-        frozen_classifier = ChestClassifier.load(classifier).to(fabric.device)
-        influence = Influence(frozen_classifier, preset.carim_weight, preset.carim_form, preset.carim_every)
-        begun = in_first(fabric, lambda: first_stage(start, preset))
-        recipe["stage_2_from"] = begun["images_seen"] if begun else None
-    run = in_first(fabric, lambda: Run(out, recipe, defaults=DEFAULTS, begin=False))
+        frozen = ChestClassifier.load(classifier).to(fabric.device)
+        regularizer = CARIMRegularizer(frozen, preset.carim_weight, preset.carim_form, preset.carim_every)
+        first_stage = broadcast(fabric, in_first(fabric, lambda: read_first_stage(start, preset)))
+        recipe["stage_2_from"] = first_stage["images_seen"] if first_stage else None
+    run = in_first(fabric, lambda: Run(out, recipe, migrate=current_numbers, begin=False))
+
+    # Data.
     prior = prior or LocationPrior.bundled()
     ct = CTNodules(ct_nodules) if ct_nodules is not None else None
     unreadable: list[str] = []
-    films = read_films(data, config.image_size, limit=limit, any_size=any_size, unreadable=unreadable)
-    check_films(films, ct, preset, data)
-    films = films.to(fabric.device)
+    reading: dict[str, Any] = {"limit_normal": limit, "any_size": any_size, "unreadable": unreadable}
+    images = read_images(data, "train", config.image_size, only_normal_or_nodule=True, **reading).to(fabric.device)
+    check_images(images, ct, preset, data)
 
     # Networks, optimizers, where the last run stopped.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed))
         networks = Networks(preset)
     if trained is not None:
-        networks.start_from(trained)
+        networks.start_from(trained.network)
     if compiled:
         networks.compile_blocks()
-    anchor = starting_generator(preset, trained, begun) if preset.anchor_weight > 0 else None
-    wrapped = Wrapped.setup(fabric, networks, preset, anchor)
-    state = in_first(fabric, lambda: (run.load() if run else None) or begun)
-    state = agreed(fabric, state)
-    if state is not None:
-        restore(wrapped, state)
-    images_seen = first = state["images_seen"] if state else 0
-    skipped, best = (state.get("skipped", 0), state.get("best", {})) if state else (0, {})
+    state = TrainState.setup(fabric, networks, preset)
+    checkpoint = broadcast(fabric, in_first(fabric, lambda: run.load() if run else None)) or first_stage or {}
+    if checkpoint:
+        state.load_state_dict(checkpoint)
+    images_seen, best = checkpoint.get("images_seen", 0), checkpoint.get("best", {})
     snapshots = None
     if run is not None:
-        run.begin()
-        run.rewind(images_seen)
-        judged_by = {"classifier": frozen_classifier.weights_hash[:16]} if frozen_classifier is not None else {}
-        run.event("started", images=images_seen, processes=fabric.world_size, device=str(fabric.device), **judged_by)
-        for what in unreadable:
-            run.event("film left out", error=what)
-        choice = None
+        carim = {"classifier": regularizer.classifier.weights_hash[:16]} if regularizer is not None else {}
+        run.start(images_seen, unreadable, processes=fabric.world_size, device=str(fabric.device), **carim)
+        by_kid = None
         if encoder is not None:
-            choice = Choice(encoder, data, prior, seed=seed, device=fabric.device, any_size=any_size)
-        options: dict[str, Any] = {"device": fabric.device, "choice": choice, "told": told}
-        snapshots = Snapshots(run, preset, films, prior, **options)
-    unsaved: OSError | None = None
-    saved = images_seen if state and run and run.checkpoints() and (run.folder / "export").exists() else -1
+            choosing: dict[str, Any] = {"images": preset.kid_images, "device": fabric.device, "any_size": any_size}
+            by_kid = BestByKID(encoder, data, prior, seed=seed, **choosing)
+        snapshots = Snapshots(run, preset, images, prior, device=fabric.device, best=by_kid, on_snapshot=on_snapshot)
+    saved = images_seen if run and run.checkpoints() and (run.folder / "export").exists() else -1
+    together = preset.batch * preset.carim_every  # a line of the log falls on a step with the CARIM loss
+    loop = Loop(
+        run,
+        images=preset.images,
+        batch=preset.batch,
+        name=preset.architecture,
+        images_seen=images_seen,
+        skipped=checkpoint.get("skipped", 0),
+        minutes=minutes,
+        log_images=math.ceil(preset.log_images / together) * together,
+        fabric=fabric,
+    )
 
     def snapshot() -> None:
-        nonlocal unsaved, saved, best
-        if snapshots is None or run is None or saved == images_seen:
-            return
-        now = {
-            "images_seen": images_seen,
-            "networks": networks.state_dict(),
-            "optimizers": {k: o.state_dict() for k, o in wrapped.optimizers.items()},
-            "skipped": skipped,
-            "best": best,
-        }
-        try:
-            snapshots.take(networks, now, scales=scales)
-            unsaved, saved, best = None, images_seen, now["best"]
-        except OSError as error:  # a full disk, say: the training goes on, and the next snapshot is another try
-            unsaved = error
-            run.event("nothing saved", images=images_seen, error=str(error))
+        nonlocal best, saved
+        now = {"images_seen": loop.images_seen, "skipped": loop.skipped, "best": best, **state.state_dict()}
+        scales = count_scales(preset, max(loop.images_seen - preset.batch, 0))
+        assert snapshots is not None, "only the first process takes snapshots"
+        snapshots.take(networks, now, scales=scales)
+        best, saved = now["best"], loop.images_seen
 
     networks.train()
-    scales, row = config.branches, 0
-    log_steps = math.ceil(preset.log_images / preset.batch / preset.carim_every) * preset.carim_every
-    started = last = time.monotonic()
-    bar = tqdm(
-        total=preset.images,
-        initial=images_seen,
-        unit="image",
-        desc=preset.architecture,
-        disable=not fabric.is_global_zero,
-    )
-    with bar:
-        while images_seen < preset.images and not _out_of_time(fabric, started, minutes, images_seen // preset.batch):
-            step = images_seen // preset.batch
-            grown = sum(images_seen >= at for at in preset.grow_at)
-            scales = config.branches - len(preset.grow_at) + grown
-            batch = drawn(films, prior, ct, preset, seed=seed, images_seen=images_seen)
-            stream = torch.Generator().manual_seed(fold(seed, images_seen, 2))
-            logged = step % log_steps == 0
-            asked = Asked(
-                scales,
-                influence=influence if step % preset.carim_every == 0 else None,
-                measure=logged,
-                penalise=step % preset.r1_every == 0,
-                warming=trained is not None and images_seen < preset.warm_up,
-            )
-            losses, done = train_step(wrapped, batch, preset, asked, generator=stream)
-            row = 0 if done else row + 1
-            if not done:
-                skipped += 1
-                broken = sorted(k for k, v in losses.items() if not math.isfinite(v)) or ["a gradient"]
-                if run is not None:
-                    run.event("update skipped", images=images_seen, not_finite=broken, in_all=skipped)
-                if row >= PATIENCE:
-                    raise TrainingError(
-                        f"{broken} not finite in {row} updates in a row, after {images_seen} images; the last "
-                        f"checkpoint in {out} is intact"
-                    )
-            images_seen += preset.batch
-            bar.update(preset.batch)
-            if logged and run is not None:
-                now = time.monotonic()
-                run.log(
-                    images=images_seen,
-                    scales=scales,
-                    images_per_s=round((images_seen - first) / (now - last), 2),
-                    memory_mb=peak_memory(fabric.device),
-                    skipped=skipped,
-                    **{k: float(f"{float(v):.4g}") for k, v in losses.items()},
-                )
-                last, first = now, images_seen
-            if images_seen % preset.snapshot_images < preset.batch:
-                snapshot()
-                fabric.barrier()
-    snapshot()
-    fabric.barrier()
-    if run is not None:
-        run.close()
-    if unsaved is not None:
-        raise TrainingError(
-            f"after {images_seen} images nothing could be saved in {out} ({unsaved}); the last checkpoint is intact: "
-            "make room and give the same command again"
-        ) from unsaved
+    for seen in loop:
+        # Data: real images, and the noise and masks of what is generated.
+        batch = draw_batch(images, prior, ct, preset, seed=seed, images_seen=seen)
+
+        # Generate, update D, update G, EMA.
+        scales = count_scales(preset, seen)
+        losses, finite = train_step(
+            state,
+            batch,
+            preset,
+            scales=scales,
+            generator=torch.Generator().manual_seed(fold(seed, seen, 2)),
+            regularizer=regularizer if loop.step % preset.carim_every == 0 else None,
+            measure=loop.logs,
+            warm_up=trained is not None and seen < preset.warm_up,
+        )
+
+        # Log, snapshot.
+        loop.update(losses, finite, scales=scales)
+        if loop.due(preset.snapshot_images):
+            loop.try_save(snapshot)
+    if broadcast(fabric, saved != loop.images_seen):  # no step was left, or the last snapshot failed
+        loop.try_save(snapshot)
+    loop.close()
     return Path(out) / "export"
 
 
-def drawn(
-    films: Films, prior: LocationPrior, ct: CTNodules | None, preset: GANPreset, *, seed: int, images_seen: int
-) -> Batch:
-    """Gives the batch after `images_seen` images; in the first phase of `preset.normal_first`, one of normal films."""
-    batch = draw_batch(films, prior, ct, preset, seed=seed, images_seen=images_seen)
-    if images_seen >= preset.normal_first:
-        return batch
-    # The normal halves of two batches; noise of its own for every empty mask.
-    other = draw_batch(films, prior, None, preset, seed=fold(seed, 7), images_seen=images_seen)
-    normal = [x.images[len(x.images) // 2 :] for x in (other, batch)]
-    return replace(
-        batch,
-        images=torch.cat(normal),
-        classes=torch.zeros_like(batch.classes),
-        noise=torch.cat([batch.noise, other.noise]),
-        masks=torch.zeros_like(batch.masks).repeat(2, 1, 1, 1),
-    )
+def count_scales(preset: GANPreset, images_seen: int) -> int:
+    """Return how many branches train after so many images."""
+    joined = sum(images_seen >= at for at in preset.grow_at)
+    return ARCHITECTURES[preset.architecture].branches - len(preset.grow_at) + joined
 
 
-def peak_memory(device: torch.device) -> int:
-    """Gives the most memory used so far, in MiB: of the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def check_preset(preset: GANPreset, ranks: int) -> None:
+    """Raise RunError if a preset has an unknown architecture, or a batch that cannot be shared out among processes."""
+    if preset.architecture not in ARCHITECTURES:
+        raise RunError(f"preset.architecture must be one of {sorted(ARCHITECTURES)}, got {preset.architecture!r}")
+    if preset.batch < 2 * ranks or preset.batch % (2 * ranks):
+        raise RunError(f"preset.batch must be a multiple of {2 * ranks} for {ranks} processes, got {preset.batch}")
+    branches = ARCHITECTURES[preset.architecture].branches
+    if len(preset.grow_at) >= branches:
+        raise RunError(f"preset.grow_at must have fewer entries than branches ({branches}), got {preset.grow_at}")
 
 
-def _out_of_time(fabric: Any, started: float, minutes: float, step: int) -> bool:
-    # Clocks differ between processes, so the first one's counts; asking it costs time, so not at each step.
-    if math.isinf(minutes) or (fabric.world_size > 1 and step % 8):
-        return False
-    return agreed(fabric, time.monotonic() - started >= 60 * minutes)
+def check_images(images: ImageSet, ct: CTNodules | None, preset: GANPreset, where: str | Path) -> None:
+    """Raise RunError if there are fewer images than a batch, or no nodule of known place for the crops."""
+    images.check(f"{where}: the train split", normal=1, nodule=1)
+    if len(images) < preset.batch:
+        raise RunError(f"{where}: the train split must hold a batch of {preset.batch} images, got {len(images)}")
+    boxed = any(len(images.boxes[i]) for i in images.nodule.tolist())
+    if preset.crop_weight + preset.difference_weight > 0 and ct is None and not boxed:
+        raise RunError(
+            f"{where}: crop_weight and difference_weight need nodules of known place, but the train split has no "
+            "nodule box and there are no CT nodules: give --ct-nodules, or --set crop_weight=0 difference_weight=0"
+        )
 
 
-def main() -> None:
-    """Runs the recipe from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="fast128", help=f"one of {', '.join(sorted(PRESETS))}")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="numbers other than the preset's")
-    parser.add_argument("--data", required=True, help="a folder in ChestX-ray14's layout, with split.csv")
-    parser.add_argument("--ct-nodules", help="templates.npz of CT nodules in projection")
-    parser.add_argument("--out", required=True, help="the run's folder; the same folder resumes")
-    parser.add_argument("--images", type=int, help="real images to show, in place of the preset's")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--data-name", default="", help="what the data are called in the weights")
-    parser.add_argument("--note", default="", help="kept in the recipe")
-    parser.add_argument("--any-size", action="store_true", help="take films of several sizes, each made a square")
-    parser.add_argument("--start", help="stage 2: the run of stage 1 to start from")
-    parser.add_argument("--classifier", help="stage 2: file of the frozen classifier")
-    parser.add_argument("--weights", help="stage 1 from an exported generator, such as carim_aug/weights (fine-tuning)")
-    parser.add_argument("--encoder", help="file of train.classifier.encoders: KID and FID on val, the best kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--devices", type=int, default=1, help="GPUs (or CPU processes) on each machine")
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument("--precision", default="bf16-mixed", choices=PRECISIONS)
-    parser.add_argument("--compile", dest="compiled", action="store_true", help="torch.compile the networks")
-    options = vars(parser.parse_args())
-    name, settings, images = (options.pop(k) for k in ("preset", "set", "images"))
-    try:
-        preset = changed(named_preset(name), settings)
-        folder = train_gan(preset if images is None else replace(preset, images=images), **options)
-    except (RunError, TrainingError, DataError, WeightsError, ClassifierError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"weights: {folder}")
+def load_trained(weights: str | Path, config: GeneratorConfig) -> NoduleGenerator:
+    """Return an exported generator to go on with; RunError if it is of another architecture than the preset's."""
+    trained = NoduleGenerator.from_pretrained(weights)
+    found = trained.network.config if isinstance(trained.network, MultiScaleGenerator) else type(trained).__name__
+    if found != config:
+        raise RunError(f"weights must be of the preset's architecture {config}, got {found} in {weights}")
+    return trained
 
 
-if __name__ == "__main__":
-    main()
+def read_first_stage(start: str | Path, preset: GANPreset) -> dict[str, Any]:
+    """Return the best (if one was chosen) or newest checkpoint of a stage 1 run of the same networks, or RunError."""
+    path, numbers = Path(start) / "recipe.json", preset.numbers()
+    if not path.is_file():
+        raise RunError(f"start must be the folder of a run, got {start}, which has no recipe.json")
+    before = json.loads(path.read_text()).get("preset", {})
+    other = {name: before.get(name) for name in SAME if before.get(name) != numbers[name]}
+    if other:
+        raise RunError(f"start must be a run of the same networks, got {other} in {path}")
+    for checkpoint in (Path(start) / "best.pt", *sorted(Path(start).glob("checkpoint-*.pt"), reverse=True)):
+        with contextlib.suppress(RunError):  # missing or damaged: the next will do
+            return read_checkpoint(checkpoint)
+    raise RunError(f"start must hold a checkpoint, got none that can be read in {start}")

@@ -1,8 +1,8 @@
-"""FROC: how many nodules a detector finds at how many false positives an image (Bunch et al. 1977; METHOD 8).
+"""FROC: how many nodules a detector finds at how many false positives an image (Bunch et al. 1977).
 
-A box finds a nodule if its centre lies in the nodule's box, which is first grown to a least side: readers' boxes differ
-in width by more than half, so an overlap would judge the readers. Boxes with their centre in no nodule's box are false
-positives; further boxes on one nodule are neither.
+A box finds a nodule if its centre lies in the nodule's box, which is first enlarged to a least side: readers' boxes
+differ in width by more than half, so an overlap would measure the readers. Boxes with their centre in no nodule's box
+are false positives; further boxes on one nodule are neither.
 """
 
 from collections.abc import Sequence
@@ -11,44 +11,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RATES: tuple[float, ...] = (0.25, 1.0, 4.0)
-"""False positives an image at which sensitivities are told."""
+from train.metrics.statistics import resample_patients
+
+RATES: tuple[float, ...] = (0.25, 1.0, 4.0)  # false positives an image at which sensitivities are given
 
 
 class Marks(NamedTuple):
-    """What a detector made of a set of images.
+    """What a detector made of a set of images."""
 
-    Attributes:
-        found: (K,) best score of the boxes on each nodule, -inf where there is none.
-        found_images: (K,) int64, place of the nodule's image.
-        false: (M,) scores of false positives.
-        false_images: (M,) int64, place of each one's image.
-        images: how many there are, those without nodules or boxes too.
-    """
-
-    found: Tensor
-    found_images: Tensor
-    false: Tensor
-    false_images: Tensor
-    images: int
+    found: Tensor  # (K,) best score of the boxes on each nodule, -inf where there is none
+    found_images: Tensor  # (K,) int64, place of the nodule's image
+    false: Tensor  # (M,) scores of false positives
+    false_images: Tensor  # (M,) int64, place of each one's image
+    images: int  # how many there are, those without nodules or boxes too
 
 
 def mark(boxes: Tensor, scores: Tensor, nodules: Tensor, *, least: float = 10.0) -> tuple[Tensor, Tensor]:
-    """Gives the best score on each nodule of one image, and the scores of the false positives.
+    """Return the best score (k,) on each nodule of one image, -inf without a box, and those of the false positives.
 
-    Args:
-        boxes: (n, 4) XYXY in pixels, predicted.
-        scores: (n,), higher is surer.
-        nodules: (k, 4) XYXY in pixels, true.
-        least: side in pixels to which a smaller true box is grown about its centre, each way.
-
-    Returns:
-        found: (k,), -inf for a nodule without a box. A box in several nodules counts for the one whose centre is
-            nearest.
-        false: (n - hits,).
-
-    Raises:
-        ValueError: shapes that do not fit.
+    Of predicted boxes (n, 4) XYXY in pixels with scores (n,), and true ones (k, 4), which are enlarged about their
+    centres to `least` pixels each way. A box in several nodules counts for the one whose centre is nearest.
     """
     n, k = len(boxes), len(nodules)
     if boxes.shape != (n, 4) or scores.shape != (n,) or nodules.shape != (k, 4):
@@ -68,50 +50,29 @@ def mark(boxes: Tensor, scores: Tensor, nodules: Tensor, *, least: float = 10.0)
     return found.scatter_reduce(0, nearest.indices[hit], scores[hit], "amax"), scores[~hit]
 
 
-def marked(
+def mark_images(
     boxes: Sequence[Tensor], scores: Sequence[Tensor], nodules: Sequence[Tensor], *, least: float = 10.0
 ) -> Marks:
-    """Gives the marks of a set of images: see `mark` for one.
-
-    Args:
-        boxes: N tensors (n, 4), XYXY in pixels, predicted.
-        scores: N tensors (n,).
-        nodules: N tensors (k, 4), true; empty for an image without.
-        least: side in pixels to which smaller true boxes are grown.
-
-    Raises:
-        ValueError: shapes or numbers that do not fit, or no image.
-    """
+    """Return the marks of N >= 1 images; `mark` says what of each."""
     if not len(boxes) or len(boxes) != len(scores) or len(boxes) != len(nodules):
         raise ValueError(
             "boxes, scores and nodules must be of the same images, at least one, "
             f"got {len(boxes)}, {len(scores)} and {len(nodules)}"
         )
-    pairs = [mark(*image, least=least) for image in zip(boxes, scores, nodules, strict=True)]
-    found, false = ([pair[i] for pair in pairs] for i in (0, 1))
+    found, false = zip(*(mark(*image, least=least) for image in zip(boxes, scores, nodules, strict=True)), strict=True)
 
-    def places(of: list[Tensor]) -> Tensor:
-        return torch.repeat_interleave(torch.tensor([len(part) for part in of]))
+    def places(parts: Sequence[Tensor]) -> Tensor:
+        return torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
 
-    return Marks(torch.cat(found), places(found), torch.cat(false), places(false), len(pairs))
+    return Marks(torch.cat(found), places(found), torch.cat(false), places(false), len(boxes))
 
 
 def sensitivity(marks: Marks, rates: Sequence[float] = RATES, *, weights: Tensor | None = None) -> Tensor:
-    """Gives the share of nodules found at false positives an image: TP(t) / K for the lowest t with FP(t) <= rate N.
+    """Return the share of nodules found at false positives an image: TP(t) / K for the lowest t with FP(t) <= rate N.
 
     A score counts if it is above t; a nodule that ties with the first false positive too many is not found. A detector
-    that gives too few boxes to reach a rate is judged by all it gives.
-
-    Args:
-        marks: of N images with K >= 1 nodules.
-        rates: R false positives an image, >= 0.
-        weights: (D, N) >= 0, how often each image counts in each of D draws; once by default.
-
-    Returns:
-        (R,), or (D, R) with weights, float64 in [0, 1]; NaN in a draw without nodules.
-
-    Raises:
-        ValueError: there is no nodule, a rate is negative, or the weights do not fit.
+    that gives too few boxes to reach a rate is measured by all it gives. For R rates (R,) float64 in [0, 1], or (D, R)
+    with weights (D, N) >= 0, how often each image counts in each of D draws; NaN in a draw without nodules.
 
     >>> three = torch.tensor([0.9, 0.5, 0.2])
     >>> place = torch.zeros(3, dtype=torch.int64)  # three nodules in the first of two images
@@ -138,34 +99,11 @@ def sensitivity(marks: Marks, rates: Sequence[float] = RATES, *, weights: Tensor
 
 
 def patient_weights(patients: Tensor, boxed: Tensor, *, generator: torch.Generator, draws: int = 2000) -> Tensor:
-    """Gives bootstrap weights over patients: those with a nodule and those without drawn apart, with all their films.
-
-    Args:
-        patients: (N,) int64, whose each image is.
-        boxed: (N,) bool, whether it has a nodule.
-        generator: random stream.
-        draws: bootstrap samples D.
-
-    Returns:
-        (D, N) float64: how often each image counts. The same weights for two detectors make their difference paired.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
+    """Return how often each image counts (D, N) in draws of patients (N,), those with a nodule drawn apart."""
     if patients.ndim != 1 or boxed.shape != patients.shape:
         raise ValueError(f"patients and boxed must be (N,) each, got {tuple(patients.shape)} and {tuple(boxed.shape)}")
-    names, index = patients.unique(return_inverse=True)
-    with_nodule = torch.zeros(len(names), dtype=torch.bool)
-    with_nodule[index[boxed]] = True
-    times = torch.zeros(draws, len(names), dtype=torch.float64)
-    for group in (with_nodule.nonzero()[:, 0], (~with_nodule).nonzero()[:, 0]):
-        if len(group):
-            drawn = group[torch.randint(len(group), (draws, len(group)), generator=generator)]
-            times.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
-    return times[:, index]
-
-
-def interval(values: Tensor, *, level: float = 0.95) -> Tensor:
-    """Gives the middle `level` of bootstrap values (D, ...) as (2, ...): low and high; NaN draws are left out."""
-    tail = (1 - level) / 2
-    return values.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    with_nodule, times = torch.isin(patients, patients[boxed]), torch.zeros(draws, len(patients), dtype=torch.float64)
+    for group in (with_nodule, ~with_nodule):
+        if bool(group.any()):
+            times[:, group] = resample_patients(patients[group], draws, generator=generator)
+    return times

@@ -1,4 +1,4 @@
-"""A patch classifier, nodule against none: what a source of nodules is worth on real ones (EVIDENCE, Quality).
+"""A classifier's answer at a place: high-passed patches and the small network that looks at them, the pointing game.
 
 Patches are high-passed, or ribs and heart border are all that a small network sees.
 """
@@ -7,27 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PATCH = 48
-"""Side of a patch in pixels of a 256-pixel film."""
+from carim_aug.ops.boxes import boxes_to_masks
 
-SIGMA = 8.0
-"""Standard deviation in pixels of the blur that is taken away."""
-
-_REACH = 24  # pixels of film that the blur needs on each side
+PATCH = 48  # side of a patch in pixels of a 256-pixel image
+SIGMA = 8.0  # standard deviation in pixels of the blur that is taken away
+_REACH = 24  # pixels of the image that the blur needs on each side
 
 
 def patches_at(images: Tensor, centres: Tensor) -> Tensor:
-    """Gives high-passed patches about given places: the film minus its blur.
-
-    Args:
-        images: (B, 1, 256, 256) float, [-1, 1]; a film's border is prolonged.
-        centres: (B, 2) x, y in pixels; patches are moved to lie inside the film.
-
-    Returns:
-        (B, 1, PATCH, PATCH).
-    """
-    side = images.shape[-1]
-    start = (centres - PATCH / 2).round().clamp(0, side - PATCH).long()
+    """Return patches (B, 1, PATCH, PATCH) of images (B, 1, 256, 256) minus their blur about x, y (B, 2), or inside."""
+    start = (centres - PATCH / 2).round().clamp(0, images.shape[-1] - PATCH).long()
     padded = F.pad(images, (_REACH,) * 4, mode="replicate")
     span = PATCH + 2 * _REACH
     windows = torch.stack([m[:, y : y + span, x : x + span] for m, (x, y) in zip(padded, start.tolist(), strict=True)])
@@ -41,7 +30,6 @@ class PatchNet(nn.Module):
     """Four convolutions with batch norm, then the largest response anywhere: a logit for "nodule"."""
 
     def __init__(self, width: int = 24) -> None:
-        """Makes an untrained network; the global random state gives its weights."""
         super().__init__()
         layers: list[nn.Module] = []
         before = 1
@@ -53,53 +41,21 @@ class PatchNet(nn.Module):
         self.head = nn.Linear(before, 1)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Gives logits (B,) of high-passed patches (B, 1, PATCH, PATCH)."""
+        """Return logits (B,) of high-passed patches (B, 1, PATCH, PATCH)."""
         return self.head(self.features(patches * 4).amax(dim=(2, 3)))[:, 0]
 
 
-def auc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Gives the area under the ROC curve: how often a positive's score beats a negative's, ties counting half.
+def pointing_hit(maps: Tensor, boxes: list[Tensor]) -> Tensor:
+    """Return whether each map's (B, 1, S, S) largest value lies in one of its boxes, B of (k, 4) in pixels: (B,) bool.
 
-    Args:
-        positive: (P,) scores.
-        negative: (N,) scores.
-
-    Returns:
-        Scalar in [0, 1].
+    Reference:
+        Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016.
     """
-    negative = negative.sort().values.contiguous()
-    positive = positive.contiguous()
-    below, up_to = torch.searchsorted(negative, positive), torch.searchsorted(negative, positive, right=True)
-    return ((below + up_to).double() / 2 / len(negative)).mean()
+    inside = boxes_to_masks(boxes, maps.shape[-1]).to(maps.device)
+    return inside.flatten(1).gather(1, maps.flatten(1).argmax(dim=1, keepdim=True))[:, 0] > 0
 
 
-def auc_interval(
-    positive: Tensor,
-    negative: Tensor,
-    positive_patients: Tensor,
-    negative_patients: Tensor,
-    *,
-    generator: torch.Generator,
-    draws: int = 2000,
-) -> tuple[float, float]:
-    """Gives a 95 % bootstrap interval of the AUC, resampling patients, nodule and normal ones apart.
-
-    Args:
-        positive: (P,) scores.
-        negative: (N,) scores.
-        positive_patients: (P,) int64, whose nodule it is.
-        negative_patients: (N,) int64.
-        generator: random stream.
-        draws: bootstrap samples.
-    """
-
-    def resampled(scores: Tensor, patients: Tensor) -> Tensor:
-        names, index = patients.unique(return_inverse=True)
-        times = torch.bincount(torch.randint(len(names), (len(names),), generator=generator), minlength=len(names))
-        return scores.repeat_interleave(times[index])
-
-    values = torch.stack(
-        [auc(resampled(positive, positive_patients), resampled(negative, negative_patients)) for _ in range(draws)]
-    )
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
+def pointing_chance(boxes: list[Tensor], field: Tensor) -> Tensor:
+    """Return the chance (B,) that a place drawn from a field (S, S) bool lies in an image's boxes, B of (k, 4)."""
+    inside = boxes_to_masks(boxes, field.shape[-1])[:, 0] > 0
+    return (inside & field.to(inside.device)).sum(dim=(1, 2)) / field.sum()

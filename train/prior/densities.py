@@ -1,48 +1,58 @@
-"""Simpler densities of a box beside the location prior's, and the tables that compare them (METHOD 5's prior).
+"""Simpler densities of a nodule box beside the location prior's, and the tables that compare them.
 
 All are over (x, y, log size, log aspect) with image sides 1, fitted on the same points and cut to one support.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
+from scipy.stats import multivariate_normal
+from torch import Tensor
 
-from carim_aug.location.density import SMALLEST_STD, Array, BoxDensity, Support, fit_density
+from carim_aug.location.density import SMALLEST_STD, Array, BoxDensity, Support, boxes_to_points, fit_density
 from carim_aug.ops.lungs import FIELD_SIZE
 
 DRAWS = 2**19
 
 
 class Density(Protocol):
-    """Whatever gives points a density."""
+    """Whatever has a density of points."""
 
     def log_prob(self, points: Array) -> Array:
-        """Natural log of the density at points (m, 4): (m,)."""
-        ...
+        """Return the natural log of the density at points (m, 4): (m,)."""
 
 
 class Points(NamedTuple):
-    """Boxes as points.
+    """Boxes as points."""
 
-    Attributes:
-        points: (n, 4) centre x, centre y, log size, log aspect.
-        weights: (n,) >= 0.
-        groups: (n,) patients.
-    """
-
-    points: Array
-    weights: Array
-    groups: np.ndarray
+    points: Array  # (n, 4) centre x, centre y, log size, log aspect
+    weights: Array  # (n,) >= 0
+    groups: np.ndarray  # (n,) patients
 
     def of(self, chosen: np.ndarray) -> "Points":
-        """Gives the points chosen by an (n,) bool."""
+        """Return the points chosen by an (n,) bool."""
         return Points(*(part[chosen] for part in self))
+
+    def inside(self, support: Support) -> "Points":
+        """Return the points in the support."""
+        return self.of(support.contains(self.points))
+
+
+def points_of(boxes: Sequence[Tensor], patients: Sequence[int], weights: Sequence[float] | None = None) -> Points:
+    """Return boxes (k, 4), parts of the image's side, a patient's weight spread over them, times the image's, or 1."""
+    counts = [len(of_image) for of_image in boxes]
+    each = np.repeat(np.asarray(patients, dtype=np.int64), counts)
+    _, groups = np.unique(each, return_inverse=True)
+    points = boxes_to_points(torch.cat([torch.empty(0, 4), *boxes]).double().numpy(), 1, 1)
+    image_weights = np.ones(len(counts)) if weights is None else np.asarray(weights, dtype=np.float64)
+    return Points(points, np.repeat(image_weights, counts) / np.bincount(groups)[groups], each)
 
 
 def simpler_densities(known: Points, support: Support) -> dict[str, Density]:
-    """Gives the densities that the location prior has to beat, fitted on points in the support."""
+    """Return the densities that the location prior has to beat, fitted on points in the support."""
     position = fit_position(known, support)
     uniform = replace(position, broad=np.array([1.0, *position.broad[1:]]), mass=1.0)
     uniform = replace(uniform, mass=_mass(_uniform_draws(uniform), support))
@@ -55,52 +65,38 @@ def simpler_densities(known: Points, support: Support) -> dict[str, Density]:
 
 
 def fit_position(known: Points, support: Support) -> BoxDensity:
-    """Gives a kernel density of the centre with log-normal size and aspect, independent of it."""
+    """Fit a kernel density of the centre with log-normal size and aspect, independent of it."""
     return fit_density(*known, support, rhos=(0.0,), broad_shares=(0.0,), ties=(0.0,))
 
 
-def cross_validated(
+def cross_validate(
     known: Points, fits: Mapping[str, Callable[[set[int]], Density]], *, folds: int = 5
 ) -> dict[str, Array]:
-    """Gives each density's log values at the points of patients that it was not fitted on.
-
-    Args:
-        known: boxes in the support.
-        fits: from a name to a function that fits on these patients only.
-        folds: of the patients, at least 2.
-
-    Returns:
-        From the names to (n,) values.
-    """
+    """Return each density's log values (n,) at points of patients that its function was not given to fit on."""
     patients, values = np.unique(known.groups), {name: np.zeros(len(known.points)) for name in fits}
     fold = np.random.default_rng(0).permutation(len(patients)) % folds
     for out in range(folds):
-        judged = np.isin(known.groups, patients[fold == out])
+        held_out = np.isin(known.groups, patients[fold == out])
         for name, fit in fits.items():
-            values[name][judged] = fit(set(patients[fold != out].tolist())).log_prob(known.points[judged])
+            values[name][held_out] = fit(set(patients[fold != out].tolist())).log_prob(known.points[held_out])
     return values
 
 
-def interval(values: Array, weights: Array, groups: np.ndarray, *, resamples: int = 2000) -> str:
-    """Gives the weighted mean of values (n,) and its 95 % interval over patients drawn with replacement."""
+def mean_interval(values: Array, weights: Array, groups: np.ndarray, *, resamples: int = 2000) -> str:
+    """Return the weighted mean of values (n,) and its 95 % interval over patients resampled, as text."""
     _, group = np.unique(groups, return_inverse=True)
     weight, total = np.bincount(group, weights), np.bincount(group, weights * values)
-    drawn = np.random.default_rng(0).integers(len(weight), size=(resamples, len(weight)))
-    means = total[drawn].sum(1) / weight[drawn].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    rows = np.random.default_rng(0).integers(len(weight), size=(resamples, len(weight)))
+    low, high = np.quantile(total[rows].sum(1) / weight[rows].sum(1), (0.025, 0.975))
     return f"{total.sum() / weight.sum():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def comparison(
+def compare(
     values: Mapping[str, Array], columns: Mapping[str, Array], groups: np.ndarray, *, resamples: int = 2000
 ) -> str:
-    """Gives a Markdown table: each density's mean, and the first one's minus it.
+    """Return a Markdown table: each density's mean log value (n,), and the first one's minus it.
 
-    Args:
-        values: from a density's name to its log values (n,); the first is ours.
-        columns: from a heading to the boxes' weights (n,); 0 leaves a box out.
-        groups: (n,) patients.
-        resamples: of the patients.
+    A column has the boxes' weights (n,), 0 to leave one out; groups (n,) are patients, resampled for the intervals.
     """
     ours = next(iter(values.values()))
     lines = ["| density | " + " | ".join(f"{heading} | ours minus it" for heading in columns) + " |"]
@@ -109,8 +105,8 @@ def comparison(
         cells = [name]
         for weights in columns.values():
             part = weights > 0
-            cells.append(interval(value[part], weights[part], groups[part], resamples=resamples))
-            difference = interval((ours - value)[part], weights[part], groups[part], resamples=resamples)
+            cells.append(mean_interval(value[part], weights[part], groups[part], resamples=resamples))
+            difference = mean_interval((ours - value)[part], weights[part], groups[part], resamples=resamples)
             cells.append("" if value is ours else difference)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -120,18 +116,16 @@ class _Gaussian:
     """One normal distribution of all four coordinates, cut to the support."""
 
     def __init__(self, known: Points, support: Support) -> None:
-        weights = known.weights / known.weights.sum()
-        self.mean, self.support = weights @ known.points, support
-        covariance = (weights[:, None] * (known.points - self.mean)).T @ (known.points - self.mean)
-        self.covariance = covariance + np.diag((SMALLEST_STD**2 - covariance.diagonal()).clip(min=0))
-        draws = np.random.default_rng(0).multivariate_normal(self.mean, self.covariance, DRAWS)
-        self.log_mass = float(np.log(_mass(draws, support)))
+        weights, self.support = known.weights / known.weights.sum(), support
+        mean = weights @ known.points
+        covariance = (weights[:, None] * (known.points - mean)).T @ (known.points - mean)
+        covariance += np.diag((SMALLEST_STD**2 - covariance.diagonal()).clip(min=0))
+        self.normal = multivariate_normal(mean, covariance)
+        self.log_mass = float(np.log(_mass(self.normal.rvs(DRAWS, random_state=0), support)))
 
     def log_prob(self, points: Array) -> Array:
-        off = points - self.mean
-        distance = np.einsum("ij,jk,ik->i", off, np.linalg.inv(self.covariance), off)
-        log_norm = np.linalg.slogdet(2 * np.pi * self.covariance)[1] / 2
-        return np.where(self.support.contains(points), -distance / 2 - log_norm - self.log_mass, -np.inf)
+        inside = self.support.contains(points)
+        return np.where(inside, np.atleast_1d(self.normal.logpdf(points)) - self.log_mass, -np.inf)
 
 
 class _PlaceAlone:

@@ -1,150 +1,155 @@
-"""The classifier's recipe on drawn chests: batches, losses, resume, report, bad input."""
+"""The classifier's recipe on phantom chests: batches, resume, report, bad input."""
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 
-from carim_aug.data.chestxray14 import FINDINGS
 from carim_aug.data.ct_nodules import CTNodules
 from carim_aug.location.prior import LocationPrior
+from carim_aug.ops.findings import FINDINGS
+from train.classifier import __main__ as command
+from train.classifier import training as module
+from train.classifier.batch import draw_batch, move
 from train.classifier.densenet import ChestClassifier
-from train.classifier.training import NODULE, PRESETS, draw_films, map_loss, read_labelled, train_classifier, train_step
+from train.classifier.presets import PRESETS, current_numbers
+from train.classifier.training import train_classifier
+from train.common.images import NODULE, read_images
 from train.common.run import RunError, TrainingError
-from train.gan.presets import changed
-from train.metrics.pointing import pointing_chance, pointing_hit
 
 TINY = dataclasses.replace(PRESETS["tiny"], images=32, batch=8, validate_images=16)
 
 
-def test_batches_are_keyed_and_their_masks_are_of_the_nodules(phantom_data, templates):
-    films, prior, ct = read_labelled(phantom_data, "train", 32), LocationPrior.bundled(), CTNodules(templates)
+def test_batches_are_keyed_and_hold_what_the_preset_asks_for(phantom_data, templates):
+    images, prior, ct = read_images(phantom_data, "train", 32), LocationPrior.bundled(), CTNodules(templates)
     preset = dataclasses.replace(TINY, batch=32, nodules=0.25, superimposed=0.5)
-    a = draw_films(films, prior, ct, preset, seed=1, images_seen=64)
-    b = draw_films(films, prior, ct, preset, seed=1, images_seen=64)
-    other = draw_films(films, prior, ct, preset, seed=1, images_seen=96)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], other[0])
-    images, labels, masks, known = a
-    assert images.shape == masks.shape == (32, 1, 32, 32) and images.abs().max() <= 1
-    shown = masks.flatten(1).amax(dim=1) > 0
-    assert shown[-16:].sum() >= 14 and known[-16:].all() and (labels[-16:, NODULE] == 1).all()  # superimposed
-    assert not shown[labels[:, NODULE] == 0].any()
-    assert films.labels[:, NODULE].sum() == 8  # the caller's labels are not changed
+    batch, again, other = (draw_batch(images, prior, ct, preset, seed=1, images_seen=n) for n in (64, 64, 96))
+    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True)) and not torch.equal(batch[0], other[0])
+    shown, labels = batch
+    assert shown.shape == (32, 1, 32, 32) and shown.abs().max() <= 1 and labels.shape == (32, 14)
+    assert (labels[8:, NODULE] == 1).all() and labels[:8, NODULE].sum() < 8  # 8 by chance, 8 labelled, 16 superimposed
+    assert images.labels[:, NODULE].sum() == 8  # the caller's labels are not changed
+    plain = dataclasses.replace(preset, superimposed=0.0)
+    with_ct, without = (draw_batch(images, prior, some, plain, seed=0, images_seen=0)[0] for some in (ct, None))
+    assert torch.equal(with_ct, without)
 
 
-def test_map_loss_by_hand():
-    maps = torch.zeros(1, 1, 2, 2)
-    masks = torch.zeros(1, 1, 4, 4)
-    masks[..., 0, 3] = 1
-    known = torch.tensor([True])
-    bias = torch.tensor(0.0)
-    assert map_loss(maps, bias, masks, known).item() == pytest.approx(0.6931, abs=1e-3)
-    right = torch.tensor([[[[-5.0, 5.0], [-5.0, -5.0]]]])
-    assert map_loss(right, bias, masks, known) < 1e-3 < 1 < map_loss(-right, bias, masks, known)
-    assert map_loss(-right, bias, masks, ~known) == 0
+def test_moved_images_keep_their_range_and_flat_ones_stay_flat():
+    images = torch.full((20, 1, 16, 16), 0.5)
+    moved = move(images, torch.Generator().manual_seed(0))
+    assert (moved.amax((1, 2, 3)) - moved.amin((1, 2, 3))).max() < 1e-6 and moved.std() > 0.01
+    assert moved.min() >= 0.5 * 0.8 - 0.1 and moved.max() <= 0.5 * 1.2 + 0.1
 
 
-def test_pointing_game_by_hand():
-    maps = torch.zeros(3, 1, 8, 8)
-    maps[0, 0, 2, 5] = maps[1, 0, 2, 5] = maps[2, 0, 2, 5] = 1
-    boxes = [torch.tensor([[4.0, 2, 6, 4]]), torch.tensor([[0.0, 0, 2, 2], [5, 1, 7, 3]]), torch.empty(0, 4)]
-    assert pointing_hit(maps, boxes).tolist() == [True, True, False]
-    field = torch.zeros(8, 8, dtype=torch.bool)
-    field[:, 4:] = True
-    assert pointing_chance(boxes, field).tolist() == [4 / 32, 4 / 32, 0]
+def test_an_older_recipe_goes_on_where_it_used_nothing_that_is_gone(capsys):
+    numbers = {**dataclasses.asdict(TINY), "map_weight": 0.0}
+    assert current_numbers(numbers) == current_numbers(dataclasses.asdict(TINY)) == dataclasses.asdict(TINY)
+    assert not capsys.readouterr().out
+    assert current_numbers({**numbers, "map_weight": 1.0}) == dataclasses.asdict(TINY)
+    assert "map_weight is gone" in capsys.readouterr().out
+    with pytest.raises(RunError, match="preset.map_weight must be .* got 0.5"):
+        current_numbers({**numbers, "map_weight": 0.5})
 
 
-@pytest.fixture(scope="module")
-def run(phantom_data, templates, tmp_path_factory):
-    out = tmp_path_factory.mktemp("classifier")
-    return train_classifier(TINY, data=phantom_data, ct_nodules=templates, out=out)
-
-
-def test_recipe_writes_a_classifier_and_a_report(run):
-    classifier = ChestClassifier.load(run)
-    assert classifier.findings == FINDINGS and classifier.size == 32
-    figures = json.loads((run.parent / "report.json").read_text())
-    assert set(figures) == {"val"} and set(figures["val"]["auc"]) == {"Nodule"}
-    row, game = figures["val"]["auc"]["Nodule"], figures["val"]["pointing"]
-    assert row["films"] == 4 and 0 <= row["interval"][0] <= row["auc"] <= row["interval"][1] <= 1
-    assert game["films"] == 2 and 0 < game["chance"] < 1 and 0 <= game["hit"] <= 1
-
-
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, phantom_data, templates, tmp_path, monkeypatch):
-    options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path}
-    with pytest.raises(TrainingError, match="before the first validation"):
-        train_classifier(TINY, minutes=0, **options)
-    steps = []
-
-    def killed(*args):
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return train_step(*args)
-
-    monkeypatch.setattr("train.classifier.training.train_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_classifier(TINY, **options)
-    monkeypatch.undo()
-    train_classifier(TINY, **options)
-    a, b = (torch.load(folder / "checkpoint-000000032.pt", weights_only=True) for folder in (run.parent, tmp_path))
-    assert all(torch.equal(v, b["classifier"][k]) for k, v in a["classifier"].items())
-
-
-def test_training_stops_when_the_val_auc_no_longer_grows(phantom_data, tmp_path):
-    preset = dataclasses.replace(TINY, images=800, validate_images=8, patience=2, learning_rate=0.0)
-    train_classifier(preset, data=phantom_data, ct_nodules=None, out=tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    best = max(range(len(lines)), key=lambda i: lines[i]["val_auc"])
-    assert len(lines) == best + 3 < 100  # two validations after the best
-
-
-def test_an_update_that_is_not_finite_is_skipped_and_named(phantom_data, tmp_path, monkeypatch):
-    def poisoned(fabric, mapped, optimizer, batch, preset):
-        batch[0].fill_(torch.nan)
-        return train_step(fabric, mapped, optimizer, batch, preset)
-
-    monkeypatch.setattr("train.classifier.training.train_step", poisoned)
-    preset = dataclasses.replace(TINY, images=80, validate_images=80)
-    with pytest.raises(TrainingError, match="losses not finite in 10 updates in a row, after 72 images"):
-        train_classifier(preset, data=phantom_data, ct_nodules=None, out=tmp_path)
-    assert (tmp_path / "events.jsonl").read_text().count("update skipped") == 10
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
-def test_each_aid_can_be_left_out_by_name(phantom_data, templates, tmp_path):
-    preset = changed(TINY, ["nodules=0", "superimposed=0", "map_weight=0"])
-    assert preset == dataclasses.replace(PRESETS["plain"], size=32, images=32, batch=8, validate_images=16)
-    film = read_labelled(phantom_data, "train", 32)
-    _, labels, masks, _ = draw_films(film, LocationPrior.bundled(), CTNodules(templates), preset, seed=0, images_seen=0)
-    assert len(labels) == 8 and masks.flatten(1).any(dim=1).sum() <= labels[:, NODULE].sum()
+def test_each_aid_can_be_left_out_by_name_and_a_deleted_one_is_refused(monkeypatch, capsys):
+    presets = []
+    monkeypatch.setattr(command, "train_classifier", lambda preset, **options: presets.append(preset) or 1 / 0)
+    words = ["train.classifier", "--preset", "tiny", "--data", "x", "--out", "y", "--set"]
+    monkeypatch.setattr(sys, "argv", [*words, "nodules=0", "superimposed=0"])
+    with pytest.raises(ZeroDivisionError):
+        command.main()
+    assert presets == [dataclasses.replace(PRESETS["tiny"], nodules=0.0, superimposed=0.0)]
+    monkeypatch.setattr(sys, "argv", [*words, "map_weight=0"])
+    with pytest.raises(SystemExit, match="error: set must name one of .* got 'map_weight=0'"):
+        command.main()
 
 
 def test_data_without_what_is_needed_is_refused_before_training(phantom_data, tmp_path):
-    with pytest.raises(RunError, match="at least 64 films, some normal, got 24, 16 normal"):
-        train_classifier(dataclasses.replace(TINY, batch=64), data=phantom_data, ct_nodules=None, out=tmp_path / "a")
-    with pytest.raises(RunError, match="the test split holds no film"):
-        read_labelled(phantom_data, "test", 32)
+    options = {"data": phantom_data, "ct_nodules": None, "out": tmp_path / "a"}
+    with pytest.raises(RunError, match="at least 64 images, got 24"):
+        train_classifier(dataclasses.replace(TINY, batch=64), **options)
+    with pytest.raises(RunError, match="batch must be a multiple of the 3 processes, got 8"):
+        train_classifier(TINY, nodes=3, **options)
     entries = "Data_Entry_2017_v2020.csv"
     for path in phantom_data.iterdir():
         if path.name != entries:
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / entries).write_text((phantom_data / entries).read_text().replace(",Nodule,", ",Mass,"))
-    with pytest.raises(RunError, match="the train split needs films with and without a nodule"):
-        train_classifier(TINY, data=tmp_path, ct_nodules=None, out=tmp_path / "a")
+    with pytest.raises(RunError, match="train split must hold images with and without a nodule, got 0 of 24"):
+        train_classifier(TINY, **{**options, "data": tmp_path})
     assert not (tmp_path / "a" / "recipe.json").exists()
 
 
-def test_a_run_can_start_from_the_pretasks_weights(run, phantom_data, tmp_path):
-    weights = run
+@pytest.fixture(scope="module")
+def trained(phantom_data, templates, tmp_path_factory):
+    return train_classifier(TINY, data=phantom_data, ct_nodules=templates, out=tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.mark.train
+def test_recipe_writes_a_classifier_and_a_report(trained):
+    classifier = ChestClassifier.load(trained)
+    assert classifier.findings == FINDINGS and classifier.size == 32
+    figures = json.loads((trained.parent / "report.json").read_text())
+    assert set(figures) == {"val"} and set(figures["val"]["auc"]) == {"Nodule"}
+    row, game = figures["val"]["auc"]["Nodule"], figures["val"]["pointing"]
+    assert row["images"] == 4 and 0 <= row["interval"][0] <= row["auc"] <= row["interval"][1] <= 1
+    assert game["images"] == 2 and 0 < game["chance"] < 1 and 0 <= game["hit"] <= 1
+    assert json.loads((trained.parent / "recipe.json").read_text())["precision"] in ("bf16-mixed", "32-true")
+
+
+@pytest.mark.train
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(trained, phantom_data, templates, tmp_path, monkeypatch):
+    options = {"data": phantom_data, "ct_nodules": templates, "out": tmp_path}
+    with pytest.raises(TrainingError, match="before the first validation"):
+        train_classifier(TINY, minutes=0, **options)
+
+    def cut(*args, images_seen, **options):
+        if images_seen == 24:
+            raise KeyboardInterrupt
+        return draw_batch(*args, images_seen=images_seen, **options)
+
+    monkeypatch.setattr(module, "draw_batch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(TINY, **options)
+    monkeypatch.undo()
+    train_classifier(TINY, **options)
+    a, b = (torch.load(folder / "checkpoint-000000032.pt", weights_only=True) for folder in (trained.parent, tmp_path))
+    assert all(torch.equal(v, b["classifier"][k]) for k, v in a["classifier"].items())
+
+
+@pytest.mark.train
+def test_training_stops_when_the_val_auc_no_longer_grows(phantom_data, tmp_path):
+    preset = dataclasses.replace(TINY, images=800, validate_images=8, patience=2, learning_rate=0.0)
+    train_classifier(preset, data=phantom_data, ct_nodules=None, out=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    values = [line["val_auc"] for line in lines if "val_auc" in line]
+    assert len(values) == values.index(max(values)) + 3 < 100  # two validations after the best
+
+
+@pytest.mark.train
+def test_an_update_that_is_not_finite_is_skipped_and_named(phantom_data, tmp_path, monkeypatch):
+    def poison(*args, **options):
+        images, labels = draw_batch(*args, **options)
+        return images.fill_(torch.nan), labels
+
+    monkeypatch.setattr(module, "draw_batch", poison)
+    preset = dataclasses.replace(TINY, images=80, validate_images=80)
+    with pytest.raises(TrainingError, match="not finite in 10 updates in a row, after 72 images"):
+        train_classifier(preset, data=phantom_data, ct_nodules=None, out=tmp_path)
+    assert (tmp_path / "events.jsonl").read_text().count("update skipped") == 10
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.train
+def test_a_run_can_start_from_given_weights(trained, phantom_data, tmp_path):
     still = dataclasses.replace(TINY, images=16, validate_images=16, learning_rate=0.0, weight_decay=0.0)
-    file = train_classifier(still, data=phantom_data, ct_nodules=None, out=tmp_path / "a", weights=weights)
-    begun, trained = ChestClassifier.load(weights), ChestClassifier.load(file)
-    assert all(torch.equal(p, q) for p, q in zip(begun.parameters(), trained.parameters(), strict=True))
+    options = {"data": phantom_data, "ct_nodules": None}
+    file = train_classifier(still, out=tmp_path / "a", weights=trained, **options)
+    before, after = ChestClassifier.load(trained), ChestClassifier.load(file)
+    assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
     assert json.loads((tmp_path / "a" / "recipe.json").read_text())["weights"]
     ChestClassifier(["Mass"], size=32).save(tmp_path / "mass.safetensors")
     with pytest.raises(RunError, match="weights must be of the findings"):
-        train_classifier(
-            still, data=phantom_data, ct_nodules=None, out=tmp_path / "b", weights=tmp_path / "mass.safetensors"
-        )
+        train_classifier(still, out=tmp_path / "b", weights=tmp_path / "mass.safetensors", **options)

@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import densenet121
 
-from carim_aug.data.chestxray14 import FINDINGS
 from carim_aug.ops.cam import activation_map
-from train.classifier.densenet import ChestClassifier, ClassifierError, public_names
+from carim_aug.ops.findings import FINDINGS
+from train.classifier.densenet import ChestClassifier, ClassifierError, predict, public_names
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
@@ -30,36 +30,31 @@ def images():
     return torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.fixture(scope="module")
-def expected(published, images):
-    with torch.no_grad():
-        return published(((images + 1) / 2 - MEAN) / STD)
-
-
 def chexnet_names(state):
     """The key forms of public CheXNet checkpoints: DataParallel, a wrapper, old names in dense layers, a Sequential."""
     out = {}
     for name, tensor in state.items():
-        for part in ("norm", "conv"):
-            for i in "12":
-                name = name.replace(f".{part}{i}.", f".{part}.{i}.")
-        name = name.replace("classifier.", "classifier.0.")
-        out[f"module.densenet121.{name}"] = tensor
+        for part in ("norm1", "norm2", "conv1", "conv2"):
+            name = name.replace(f".{part}.", f".{part[:-1]}.{part[-1]}.")
+        out[f"module.densenet121.{name.replace('classifier.', 'classifier.0.')}"] = tensor
     return {k: v for k, v in out.items() if not k.endswith("num_batches_tracked")}  # torch 0.3 had none
 
 
-def test_loads_every_public_form(published, images, expected, tmp_path):
-    state = published.state_dict()
+@torch.no_grad()
+def test_loads_every_public_form(published, images, tmp_path):
+    state, expected = published.state_dict(), published(((images + 1) / 2 - MEAN) / STD)
     torch.save(state, tmp_path / "torchvision.pth")
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "torchvision.safetensors")
     torch.save({"state_dict": chexnet_names(state), "epoch": 7, "best_loss": 0.1}, tmp_path / "model.pth.tar")
     for name in ("torchvision.pth", "torchvision.safetensors", "model.pth.tar"):
         net = ChestClassifier.load(tmp_path / name, FINDINGS, size=64)
         assert not net.training and not any(p.requires_grad for p in net.parameters())
-        with torch.no_grad():
-            assert torch.allclose(net(images), expected, atol=1e-5), name
+        assert torch.allclose(net(images), expected, atol=1e-5), name
+    names = dict.fromkeys(net.state_dict(), torch.zeros(()))
+    assert public_names(names).keys() == names.keys()  # ours stay
 
 
+@torch.no_grad()
 def test_loads_torchxrayvisions_densenets(tmp_path, images):
     models = pytest.importorskip("torchxrayvision.models")
     torch.manual_seed(0)
@@ -67,103 +62,17 @@ def test_loads_torchxrayvisions_densenets(tmp_path, images):
     state = {**theirs.state_dict(), "op_threshs": torch.full((18,), 0.5)}
     torch.save(state, tmp_path / "xrv.pt")
     net = ChestClassifier.load(tmp_path / "xrv.pt", [*FINDINGS, "", "Fracture", "", ""], size=64)
-    assert net.inputs == "xrv"
-    with torch.no_grad():
-        assert torch.allclose(net(images), theirs(images * 1024), rtol=1e-3, atol=1e-4)
+    assert net.inputs == "xrv" and torch.allclose(net(images), theirs(images * 1024), rtol=1e-3, atol=1e-4)
 
 
-def test_own_file_carries_all_it_needs(tmp_path, images):
+@torch.no_grad()
+def test_own_file_carries_all_it_needs_and_a_flipped_bit_is_noticed(tmp_path, images):
     torch.manual_seed(1)
-    net = ChestClassifier(["Mass", "Nodule"], size=64, inputs="xrv").eval()
-    net.save(tmp_path / "classifier.safetensors", auc=0.5)
-    again = ChestClassifier.load(tmp_path / "classifier.safetensors")
+    net, path = ChestClassifier(["Mass", "Nodule"], size=64, inputs="xrv").eval(), tmp_path / "classifier.safetensors"
+    net.save(path, auc=0.5)
+    again = ChestClassifier.load(path)
     assert (again.findings, again.size, again.inputs) == (("Mass", "Nodule"), 64, "xrv")
-    with torch.no_grad():
-        assert torch.equal(again(images), net(images))
-
-
-def test_images_are_resized_and_gradient_reaches_them():
-    torch.manual_seed(0)
-    net = ChestClassifier(["Nodule"], size=64).eval().requires_grad_(False)
-    for side in (32, 128):
-        images = torch.zeros(2, 1, side, side, requires_grad=True)
-        net(images).sum().backward()
-        assert images.grad.abs().sum() > 0
-    assert net.prepared(torch.ones(1, 1, 32, 32)).amax() == pytest.approx((1 - 0.406) / 0.225, abs=1e-5)
-    assert net.prepared(torch.zeros(1, 1, 100, 100)).shape == (1, 3, 64, 64)
-
-
-def test_closed_form_cam_is_grad_cam_on_it():
-    torch.manual_seed(0)
-    net = ChestClassifier(FINDINGS, size=64).eval()
-    images, c = torch.rand(2, 1, 64, 64) * 2 - 1, net.target("Nodule")
-    closed = activation_map(net, images, c, layer=net.activation, method="closed-form").maps
-    grad = activation_map(net, images, c, layer=net.activation, method="grad-cam").maps
-    assert torch.allclose(closed, grad, atol=1e-6)
-
-
-def test_target_names_what_the_classifier_knows():
-    with torch.device("meta"):
-        net = ChestClassifier(["Mass", ""], size=64)
-    assert net.target("Mass") == 0
-    for name in ("Nodule", ""):
-        with pytest.raises(ValueError, match="finding must be one of the classifier's"):
-            net.target(name)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"findings": []}, "findings must be a list of names"),
-        ({"findings": "Nodule"}, "findings must be a list of names"),
-        ({"findings": ["Nodule"], "size": 16}, "size must be at least 32, got 16"),
-        ({"findings": ["Nodule"], "inputs": "rgb"}, "inputs must be one of"),
-    ],
-)
-def test_bad_arguments_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        ChestClassifier(**options)
-
-
-@pytest.mark.parametrize("images", [torch.zeros(2, 3, 64, 64), torch.zeros(1, 64, 64), torch.zeros(1, 1, 8, 8).byte()])
-def test_bad_images_are_named(images):
-    with torch.device("meta"):
-        net = ChestClassifier(["Nodule"])
-    with pytest.raises(ValueError, match="images must be float"):
-        net.prepared(images)
-
-
-def test_files_of_something_else_are_refused(published, tmp_path):
-    state = dict(published.state_dict())
-
-    def refused(name, message, findings=FINDINGS):
-        with pytest.raises(ClassifierError, match=message):
-            ChestClassifier.load(tmp_path / name, findings)
-
-    refused("none.pth", "no such file")
-    (tmp_path / "text.pth").write_text("no weights")
-    refused("text.pth", "weights_only=True")
-    (tmp_path / "text.safetensors").write_text("no weights")
-    refused("text.safetensors", "truncated or damaged")
-    torch.save([1, 2], tmp_path / "list.pth")
-    refused("list.pth", "must hold a state dict of tensors, got list")
-    torch.save(published, tmp_path / "module.pth")  # a pickle of code
-    refused("module.pth", "weights_only=True")
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "resnet.pth")
-    refused("resnet.pth", "must hold a DenseNet-121")
-    torch.save(state, tmp_path / "good.pth")
-    refused("good.pth", "findings must be given", None)
-    refused("good.pth", "are findings as many as its logits", ["Nodule"])
-    torch.save({k: v for k, v in state.items() if "denseblock4" not in k}, tmp_path / "part.pth")
-    refused("part.pth", "lacks")
-    torch.save({**state, "classifier.bias": torch.full((14,), torch.nan)}, tmp_path / "nan.pth")
-    refused("nan.pth", "'head.bias' must be finite")
-
-
-def test_a_flipped_bit_of_our_own_file_is_noticed(tmp_path):
-    torch.manual_seed(0)
-    path = tmp_path / "classifier.safetensors"
-    ChestClassifier(["Nodule"], size=64).save(path)
+    assert torch.equal(again(images), net(images))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -171,7 +80,73 @@ def test_a_flipped_bit_of_our_own_file_is_noticed(tmp_path):
         ChestClassifier.load(path)
 
 
-def test_public_names_keep_what_is_ours():
-    with torch.device("meta"):
-        names = set(ChestClassifier(["Nodule"]).state_dict())
-    assert set(public_names(dict.fromkeys(names, torch.zeros(())))) == names
+def test_images_are_resized_and_gradient_reaches_them_and_logits_come_batch_by_batch():
+    torch.manual_seed(0)
+    net = ChestClassifier(["Nodule"], size=32).requires_grad_(False)
+    shown = torch.randint(256, (5, 1, 32, 32), dtype=torch.uint8)
+    logits = predict(net, shown, dtype="float32", batch=2)
+    assert not net.training and torch.allclose(logits, net(shown / 127.5 - 1), atol=1e-5)
+    assert logits.shape == (5, 1) and logits.dtype == torch.float32
+    for side in (16, 64):
+        images = torch.zeros(2, 1, side, side, requires_grad=True)
+        net(images).sum().backward()
+        assert images.grad.abs().sum() > 0
+    assert net.preprocess(torch.ones(1, 1, 32, 32)).amax() == pytest.approx((1 - 0.406) / 0.225, abs=1e-5)
+    assert net.preprocess(torch.zeros(1, 1, 100, 100)).shape == (1, 3, 32, 32)
+
+
+def test_closed_form_cam_is_grad_cam_on_it():
+    torch.manual_seed(0)
+    net = ChestClassifier(FINDINGS, size=64).eval()
+    images, c = torch.rand(2, 1, 64, 64) * 2 - 1, net.target("Nodule")
+    closed, grad = (activation_map(net, images, c, layer=net.activation, method=m) for m in ("closed-form", "grad-cam"))
+    assert torch.allclose(closed.maps, grad.maps, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"findings": []}, None, "findings must be a list of names"),
+        ({"findings": "Nodule"}, None, "findings must be a list of names"),
+        ({"findings": ["Nodule"], "size": 16}, None, "size must be at least 32, got 16"),
+        ({"findings": ["Nodule"], "inputs": "rgb"}, None, "inputs must be one of"),
+        ({"findings": ["Mass", ""]}, lambda net: net.target("Nodule"), "finding must be one of the classifier's"),
+        ({"findings": ["Mass", ""]}, lambda net: net.target(""), "finding must be one of the classifier's"),
+        ({"findings": ["Nodule"]}, lambda net: net.preprocess(torch.zeros(2, 3, 64, 64)), "images must be float"),
+        ({"findings": ["Nodule"]}, lambda net: net.preprocess(torch.zeros(1, 64, 64)), "images must be float"),
+        ({"findings": ["Nodule"]}, lambda net: net.preprocess(torch.zeros(1, 1, 8, 8).byte()), "images must be float"),
+    ],
+)
+def test_bad_arguments_are_named(options, call, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        call(ChestClassifier(**options))
+
+
+def test_files_of_something_else_are_refused(published, tmp_path):
+    state = dict(published.state_dict())
+    contents = {
+        "list": [1, 2],
+        "module": published,  # a pickle of code
+        "resnet": {"conv1.weight": torch.zeros(64, 3, 7, 7)},
+        "good": state,
+        "part": {k: v for k, v in state.items() if "denseblock4" not in k},
+        "nan": {**state, "classifier.bias": torch.full((14,), torch.nan)},
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("no weights")
+    for name, findings, message in (
+        ("none.pth", FINDINGS, "no such file"),
+        ("text.pth", FINDINGS, "weights_only=True"),
+        ("text.safetensors", FINDINGS, "truncated or damaged"),
+        ("list.pth", FINDINGS, "must hold a state dict of tensors, got list"),
+        ("module.pth", FINDINGS, "weights_only=True"),
+        ("resnet.pth", FINDINGS, "must hold a DenseNet-121"),
+        ("good.pth", None, "findings must be given"),
+        ("good.pth", ["Nodule"], "a DenseNet-121 of 1 logits, got .*size mismatch for head"),
+        ("part.pth", FINDINGS, "Missing key"),
+        ("nan.pth", FINDINGS, "'head.bias' must be finite"),
+    ):
+        with pytest.raises(ClassifierError, match=message):
+            ChestClassifier.load(tmp_path / name, findings)

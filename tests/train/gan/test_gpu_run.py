@@ -3,21 +3,27 @@
 import json
 
 import pytest
+import torch
+from PIL import Image
 
 from carim_aug import LocationPrior, NoduleGenerator
 from train import gpu_run as module
 from train.common.run import RunError
-from train.gpu_run import SHARES, Budget, Published, gpu_run
+from train.gpu_run import SHARES, GPURun, Published, share_out
 
 
 @pytest.fixture(scope="module")
-def finished(phantom_data, templates, tmp_path_factory):
-    out = tmp_path_factory.mktemp("gpu") / "run"
+def finished(copy_data, templates, tmp_path_factory):
+    torch.set_num_threads(1)
+    data, out = copy_data(tmp_path_factory.mktemp("data") / "data"), tmp_path_factory.mktemp("gpu") / "run"
+    (data / "images" / "00000002_000.png").unlink()
+    Image.new("L", (64, 48)).save(data / "images" / "00000002_000.png")  # every stage takes images of several sizes
     settings = ("images=64", "snapshot_images=32", "grow_at=[16]")
-    weights = gpu_run("tiny", data=phantom_data, ct_nodules=templates, out=out, minutes=5, settings=settings)
-    return out, weights, settings
+    options = {"data": data, "ct_nodules": templates, "out": out, "minutes": 60, "settings": settings, "any_size": True}
+    return out, GPURun("tiny", **options).run(), options
 
 
+@pytest.mark.train
 def test_every_stage_is_reported_and_the_best_weights_are_there(finished):
     out, weights, _ = finished
     report = json.loads((out / "report.json").read_text())
@@ -33,35 +39,29 @@ def test_every_stage_is_reported_and_the_best_weights_are_there(finished):
     assert (out / "contact_sheet.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_the_same_command_leaves_a_finished_run_alone_and_goes_on_after_a_cut(
-    finished, phantom_data, templates, monkeypatch
-):
-    out, _, settings = finished
-    options = {"data": phantom_data, "ct_nodules": templates, "out": out, "minutes": 5, "settings": settings}
+@pytest.mark.train
+def test_the_same_command_leaves_a_finished_run_alone_and_goes_on_after_a_cut(finished, monkeypatch):
+    out, _, options = finished
     before = (out / "report.json").read_bytes()
-    gpu_run("tiny", **options)
+    GPURun("tiny", **options).run()
     assert (out / "report.json").read_bytes() == before
     report = json.loads(before)
     del report["stages"]["evaluation"]  # cut before its end
     (out / "report.json").write_text(json.dumps(report))
     monkeypatch.setattr(module, "train_gan", None)  # no stage before it is done again
-    gpu_run("tiny", **options)
+    GPURun("tiny", **options).run()
     assert list(json.loads((out / "report.json").read_text())["stages"]) == list(SHARES)
     with pytest.raises(RunError, match=r"holds another recipe \(differs in \['seed'\]\)"):
-        gpu_run("tiny", seed=1, **options)
+        GPURun("tiny", seed=1, **options)
 
 
 def test_shares_fill_the_budget_and_what_is_left_goes_to_the_next(monkeypatch):
     assert sum(SHARES.values()) == pytest.approx(1)
-    now = [0.0]
-    monkeypatch.setattr("train.gpu_run.time.monotonic", lambda: now[0])
-    budget = Budget(25, list(SHARES))
-    assert budget.minutes("check") == pytest.approx(0.5)
-    assert budget.minutes("evaluation") == pytest.approx(25)
-    now[0] = 60.0
-    assert budget.minutes("check") == 0 and budget.minutes("encoders") == pytest.approx(25 * 0.07 - 1)
-    rest = Budget(10, ["stage2", "evaluation"])
-    assert rest.minutes("stage2") == pytest.approx(10 * 0.20 / 0.26)
+    monkeypatch.setattr("train.gpu_run.time.monotonic", lambda: 90.0)
+    ends = {name: (end - 90) / 60 for name, end in share_out(25, list(SHARES)).items()}
+    assert ends["check"] == pytest.approx(0.5) and ends["encoders"] == pytest.approx(25 * 0.07)
+    assert ends["evaluation"] == pytest.approx(25)
+    assert share_out(10, ["stage2", "evaluation"])["stage2"] == pytest.approx(90 + 60 * 10 * 0.20 / 0.26)
 
 
 def test_only_better_weights_are_published_but_for_the_final_choice(tmp_path):
@@ -74,16 +74,17 @@ def test_only_better_weights_are_published_but_for_the_final_choice(tmp_path):
     def there():
         return (tmp_path / "weights" / "model").read_text(), (tmp_path / "contact_sheet.png").read_text()
 
-    published.offer(tmp_path / "a" / "best", {}, stage="1")
-    assert there() == ("a", "a")
-    published.offer(tmp_path / "b" / "best", {"kid": 0.3, "images": 8}, stage="1")
-    assert there() == ("b", "b")
-    published.offer(tmp_path / "c" / "best", {"kid": 0.4, "images": 8}, stage="1")
-    assert there() == ("b", "b") and Published(tmp_path).facts["published"]["kid"] == 0.3
-    published.offer(tmp_path / "d" / "best", {"kid": 0.4, "images": 8}, stage="2", final=True)
-    assert there() == ("d", "d")
+    for name, figures, final, expected in (
+        ("a", {}, False, "a"),
+        ("b", {"kid": 0.3, "images": 8}, False, "b"),
+        ("c", {"kid": 0.4, "images": 8}, False, "b"),
+        ("d", {"kid": 0.4, "images": 8}, True, "d"),
+    ):
+        published.offer(tmp_path / name / "best", figures, stage="1", final=final)
+        assert there() == (expected, expected)
+        assert Published(tmp_path).facts["published"].get("kid") == {"a": None, "b": 0.3, "d": 0.4}[expected]
 
 
 def test_an_unknown_preset_is_named(tmp_path):
     with pytest.raises(RunError, match="preset must be one of .* got 'small'"):
-        gpu_run("small", data=tmp_path, ct_nodules=None, out=tmp_path / "run")
+        GPURun("small", data=tmp_path, ct_nodules=None, out=tmp_path / "run")

@@ -1,3 +1,5 @@
+"""Losses of the GAN on paper: least squares, CARIM, and our own."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,64 +10,43 @@ from train.gan.losses import (
     carim_loss,
     discriminator_loss,
     generator_loss,
+    gradient_ratio,
     level_loss,
-    lsgan_fake,
-    lsgan_real,
+    lsgan_loss,
     outside_loss,
     spread_loss,
 )
 
 
-def test_perfect_discriminator_has_no_loss():
-    ones, zeros = torch.ones(3), torch.zeros(3)
-    assert discriminator_loss((ones, ones), (zeros, zeros), zeros).item() == 0
-
-
-def test_discriminator_loss_is_equation_3_on_paper():
-    half = torch.full((2,), 0.5)
-    # Four terms of 0.25, halved.
-    assert discriminator_loss((half, half), (half, half)).item() == pytest.approx(0.5)
-    # Mismatched pairs share the conditional term for fakes: (0.25 + 1) / 2 in place of 0.25.
-    assert discriminator_loss((half, half), (half, half), torch.ones(2)).item() == pytest.approx(0.6875)
-
-
-def test_generator_loss_is_equation_4_on_paper():
-    assert generator_loss((torch.zeros(4), torch.ones(4))).item() == pytest.approx(0.5)
-
-
-def test_heads_want_one_for_real_and_zero_for_fake():
+def test_lsgan_losses_are_equations_3_and_4_on_paper():
+    zeros, half, ones = torch.zeros(2), torch.full((2,), 0.5), torch.ones(2)
     scores = torch.tensor([0.0, 2.0])
-    assert lsgan_real(scores).item() == 1 and lsgan_fake(scores).item() == 2
+    assert lsgan_loss(scores, 1).item() == 1 and lsgan_loss(scores, 0).item() == 2
+    assert discriminator_loss((ones, ones), (zeros, zeros), zeros).item() == 0  # a perfect discriminator
+    assert discriminator_loss((half, half), (half, half)).item() == pytest.approx(0.5)  # four terms of 0.25, halved
+    # Mismatched pairs share the conditional term for fakes: (0.25 + 1) / 2 in place of 0.25.
+    assert discriminator_loss((half, half), (half, half), ones).item() == pytest.approx(0.6875)
+    assert generator_loss((zeros, ones)).item() == pytest.approx(0.5)
 
 
-def test_outside_loss_counts_only_where_no_difference_is_allowed():
-    difference = torch.full((1, 1, 4, 4), -0.5)
-    allowed = torch.zeros(1, 1, 4, 4)
-    assert outside_loss(difference, allowed).item() == pytest.approx(0.5)
-    assert outside_loss(difference, torch.ones_like(allowed)).item() == 0
-
-
-def _films(n, seed, level=0.0):
+def _images(n, seed, level=0.0):
     return (torch.randn(n, 1, 32, 32, generator=torch.Generator().manual_seed(seed)) * 0.3 + level).clamp(-1, 1)
 
 
-def test_level_loss_is_zero_for_the_same_films_in_any_order():
-    films = _films(6, 0)
-    rng = torch.Generator().manual_seed(0)
-    assert level_loss(films, films[torch.tensor([3, 1, 5, 0, 2, 4])], generator=rng).item() == pytest.approx(
-        0, abs=1e-12
-    )
-
-
-def test_level_loss_of_flat_films_by_hand():
+def test_our_own_losses_on_paper():
+    difference, allowed = torch.full((1, 1, 4, 4), -0.5), torch.zeros(1, 1, 4, 4)
+    assert outside_loss(difference, allowed).item() == pytest.approx(0.5)
+    assert outside_loss(difference, torch.ones_like(allowed)).item() == 0
+    images, rng = _images(6, 0), torch.Generator().manual_seed(0)
+    assert level_loss(images, images[[3, 1, 5, 0, 2, 4]], generator=rng).item() == pytest.approx(0, abs=1e-12)
     # Features are (a, .., a, a^2, .., a^2): along a unit axis u the squared gap is (gap . u)^2, its mean |gap|^2 / 128.
     fake, real = torch.full((4, 1, 32, 32), 0.5), torch.full((4, 1, 32, 32), 0.1)
-    value = level_loss(fake, real, generator=torch.Generator().manual_seed(0), directions=20_000)
+    value = level_loss(fake, real, generator=rng, directions=20_000)
     assert value.item() == pytest.approx(64 * (0.4**2 + 0.24**2) / 128, rel=0.03)
 
 
 def test_level_loss_pulls_brightness_back():
-    fake, real = _films(16, 1, 0.5).requires_grad_(), _films(16, 2)
+    fake, real = _images(16, 1, 0.5).requires_grad_(), _images(16, 2)
     rng = torch.Generator().manual_seed(0)
     level_loss(fake, real, generator=rng).backward()
     assert (fake.grad.sum(dim=(1, 2, 3)) > 0).float().mean() > 0.8  # downhill is darker
@@ -78,16 +59,12 @@ def _box_mask(size, x1, y1, x2, y2):
     return mask
 
 
-def test_carim_by_hand():
+def test_carim_by_hand_is_the_mean_of_nodule_samples_only():
     maps = torch.tensor([[[[4.0, 1.0], [-3.0, 2.0]]]])  # M_norm: 1, 1/4, 0, 1/2
-    left = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
+    left, right = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
     out = carim_loss(maps, left)
     assert out.loss.item() == pytest.approx((0 + 1) / 2) and out.dead == 0
-    right = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
     assert carim_loss(maps, right).loss.item() == pytest.approx((0.75**2 + 0.5**2) / 2)
-
-
-def test_carim_is_the_mean_of_nodule_samples_only():
     maps = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     masks = torch.cat([_box_mask(8, 0, 0, 2, 2), torch.zeros(1, 1, 8, 8), _box_mask(8, 4, 4, 8, 7)])
     for form in CARIM_FORMS:
@@ -97,11 +74,11 @@ def test_carim_is_the_mean_of_nodule_samples_only():
         assert none.loss == 0 and none.dead == 0
 
 
-def test_a_map_that_is_nowhere_positive_is_dead_in_the_sources_form_alone():
+def test_a_map_that_is_nowhere_positive_is_dead_in_the_form_with_relu_alone():
     masks = _box_mask(8, 2, 2, 6, 6).expand(2, 1, 8, 8)
     maps = torch.full((2, 1, 4, 4), -1.0)
     maps[1, 0, 1, 1] = 2.0
-    for form, dead, grads in (("source", 0.5, [False, True]), ("softplus", 0.0, [True, True])):
+    for form, dead, grads in (("relu", 0.5, [False, True]), ("softplus", 0.0, [True, True])):
         x = maps.clone()
         x[0] -= torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
         x.requires_grad_()
@@ -131,19 +108,22 @@ def test_carim_does_not_depend_on_the_maps_scale(scale):
 
 
 @pytest.mark.parametrize(
-    ("maps", "masks", "form"), [((2, 4, 4), (2, 1, 8, 8), "source"), ((2, 1, 4, 4), (3, 1, 8, 8), "source")]
+    ("maps", "masks", "form", "match"),
+    [
+        ((2, 4, 4), (2, 1, 8, 8), "relu", "maps and masks must be"),
+        ((2, 1, 4, 4), (3, 1, 8, 8), "relu", "maps and masks must be"),
+        ((2, 1, 4, 4), (2, 1, 8, 8), "source", "form must be one of .* got 'source'"),
+    ],
 )
-def test_carim_refuses_shapes_that_do_not_fit(maps, masks, form):
-    with pytest.raises(ValueError, match="maps and masks must be"):
+def test_carim_refuses_what_does_not_fit(maps, masks, form, match):
+    with pytest.raises(ValueError, match=match):
         carim_loss(torch.rand(maps), torch.rand(masks), form=form)
 
 
-def test_carim_refuses_an_unknown_form():
-    with pytest.raises(ValueError, match="form must be one of"):
-        carim_loss(torch.rand(1, 1, 4, 4), torch.ones(1, 1, 8, 8), form="relu")
-
-
-def test_spread_loss_compares_sorted_values():
+def test_the_ratio_of_gradients_is_that_of_their_norms_and_spread_compares_sorted_values():
+    images = torch.ones(2, 1, 2, 2, requires_grad=True)
+    assert gradient_ratio((3 * images).sum(), (2 * images).sum(), images) == pytest.approx(1.5)
+    assert gradient_ratio(images.sum(), torch.zeros((), requires_grad=True) * 1, images) == float("inf")
     fake, real = torch.tensor([0.3, 0.1, 0.2], requires_grad=True), torch.tensor([0.1, 0.2, 0.6])
     loss = spread_loss(fake, real)
     assert float(loss.detach()) == pytest.approx(0.3**2 / 3)  # only the largest differs

@@ -7,14 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from carim_aug.ops.images import ring_contrast
-from train.metrics.pairs import (
-    argmax_hit,
-    energy_inside,
-    equivariance,
-    half_width,
-    roundness,
-)
+from train.metrics.pairs import argmax_hit, energy_inside, equivariance, half_width, roundness
 
 BOX = torch.tensor([[8.0, 8.0, 16.0, 16.0]])
 
@@ -23,98 +16,62 @@ def _blank(size: int = 32) -> torch.Tensor:
     return torch.zeros(1, 1, size, size)
 
 
+def _squared_distance(size: int, cx: float, cy: float) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    return ((columns - cx) ** 2 + (rows - cy) ** 2)[None, None]
+
+
 def test_energy_inside_is_the_share_worked_on_paper():
     difference = _blank()
+    assert energy_inside(difference, BOX).item() == 0
     difference[0, 0, 10, 10] = -3.0  # inside, sign does not count
-    difference[0, 0, 7, 7] = 1.0  # inside the box grown by a quarter: from 6 to 18
+    difference[0, 0, 7, 7] = 1.0  # inside the box dilated by a quarter: from 6 to 18
     difference[0, 0, 30, 30] = 4.0  # outside
     assert energy_inside(difference, BOX).item() == pytest.approx(0.5)
     assert energy_inside(difference, BOX, grow=0.0).item() == pytest.approx(3 / 8)
 
 
-def test_energy_of_no_difference_is_zero():
-    assert energy_inside(_blank(), BOX).item() == 0
-
-
-def test_argmax_hits_only_inside_the_box():
+def test_argmax_hits_only_inside_the_box_and_looks_for_bright_not_for_dark():
     difference = _blank()
-    difference[0, 0, 8, 15] = 1.0
+    difference[0, 0, 2, 2], difference[0, 0, 8, 15] = -5.0, 1.0
     assert argmax_hit(difference, BOX).tolist() == [True]
     difference[0, 0, 8, 16] = 2.0
     assert argmax_hit(difference, BOX).tolist() == [False]
 
 
-def test_argmax_looks_for_bright_not_for_dark():
-    difference = _blank()
-    difference[0, 0, 2, 2], difference[0, 0, 10, 10] = -5.0, 1.0
-    assert argmax_hit(difference, BOX).item()
-
-
-def test_ring_contrast_of_a_disc_on_a_flat_ground():
-    rows, columns = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
-    image = torch.where((rows - 12) ** 2 + (columns - 12) ** 2 <= 16, 0.5, 0.2)[None, None]
-    inside, ring, contrast = ring_contrast(image, BOX)
-    assert inside.item() == pytest.approx(0.5) and ring.item() == pytest.approx(0.2)
-    assert contrast.item() == pytest.approx(0.3)
-
-
 def test_roundness_tells_disc_from_square():
-    rows, columns = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(32) + 0.5, indexing="ij")
-    disc = ((rows - 12) ** 2 + (columns - 12) ** 2 <= 16).float()[None, None]
     square = _blank()
     square[..., 8:16, 8:16] = 1
-    assert roundness(disc, BOX).item() == pytest.approx(1)
+    assert roundness((_squared_distance(32, 12, 12) <= 16).float(), BOX).item() == pytest.approx(1)
     assert roundness(square, BOX).item() == pytest.approx(0)
     assert roundness(_blank(), BOX).isnan().all()
 
 
-def _grid(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
-    return columns, rows
-
-
 def test_half_width_of_a_full_disc_is_one_and_of_a_gaussian_is_its_own():
-    x, y = _grid(128)
-    box = torch.tensor([[34.0, 34.0, 94.0, 94.0]])
-    square = (x - 64) ** 2 + (y - 64) ** 2
-    disc = (square <= 30**2).float()[None, None]
-    gaussian = torch.exp(-square / (2 * 10**2))[None, None]
-    assert half_width(disc, box).item() == pytest.approx(1, abs=0.01)
+    box, square = torch.tensor([[34.0, 34.0, 94.0, 94.0]]), _squared_distance(128, 64, 64)
+    gaussian = torch.exp(-square / (2 * 10**2))
+    assert half_width((square <= 30**2).float(), box).item() == pytest.approx(1, abs=0.01)
     # A Gaussian is above half its height up to 1.1774 sigma: 2 x 11.774 / 60.
     assert half_width(gaussian, box).item() == pytest.approx(0.3925, abs=0.01)
     assert half_width(gaussian - 5, box).isnan().all()
-
-
-def test_half_width_does_not_see_beyond_the_grown_box():
-    difference = _blank()
+    difference = _blank()  # what lies beyond the dilated box does not count
     difference[..., 10:14, 10:14] = 1
-    alone = half_width(difference, BOX)
     difference[..., 25, 25] = 50
-    assert torch.equal(half_width(difference, BOX), alone)
-    assert alone.item() == pytest.approx(2 * (16 / math.pi) ** 0.5 / 8)
+    assert half_width(difference, BOX).item() == pytest.approx(2 * (16 / math.pi) ** 0.5 / 8)
 
 
 @given(st.integers(-20, 20), st.integers(-20, 20))
 def test_a_difference_that_moves_with_its_mask_is_equivariant(dx, dy):
-    x, y = _grid(64)
-
-    def blob(cx, cy):
-        return torch.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 18)[None, None]
-
+    here, there = (torch.exp(-_squared_distance(64, 32 + a, 32 + b) / 18) for a, b in ((0, 0), (dx, dy)))
     shift = torch.tensor([[dx, dy]])
-    moves = equivariance(blob(32, 32), blob(32 + dx, 32 + dy), shift)
-    assert moves.item() == pytest.approx(1, abs=1e-4)
-    assert equivariance(blob(32, 32), -blob(32 + dx, 32 + dy), shift).item() == pytest.approx(-1, abs=1e-4)
+    assert equivariance(here, there, shift).item() == pytest.approx(1, abs=1e-4)
+    assert equivariance(here, -there, shift).item() == pytest.approx(-1, abs=1e-4)
 
 
-def test_a_difference_that_stays_is_not_equivariant():
-    x, y = _grid(64)
-    blob = torch.exp(-((x - 20) ** 2 + (y - 20) ** 2) / 18)[None, None]
+def test_a_difference_that_stays_is_not_equivariant_and_shifts_that_leave_nothing_are_refused():
+    blob = torch.exp(-_squared_distance(64, 20, 20) / 18)
     assert equivariance(blob, blob, torch.tensor([[20, 20]])).item() < 0.05
     assert equivariance(blob, torch.zeros_like(blob), torch.tensor([[20, 20]])).isnan().all()
-
-
-def test_shifts_that_leave_nothing_are_refused():
     with pytest.raises(ValueError, match="less than the image's side 32, got 40"):
         equivariance(_blank(), _blank(), torch.tensor([[40, 0]]))
     with pytest.raises(ValueError, match=r"must fit differences \(1, 1, 32, 32\)"):

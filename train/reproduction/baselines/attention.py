@@ -1,4 +1,4 @@
-"""Multi-scale class-conditional GAN with self-attention, after Ann et al. 2020 (METHOD 7 and 10).
+"""Multi-scale class-conditional GAN with self-attention, after Ann et al. 2020 (docs/method.md, "Baselines").
 
 That work is known to us by its abstract only. This is our reconstruction: the CARIM-cGAN's backbone with a class
 embedding in place of the mask, and self-attention (Zhang et al. 2019) at 32x32 in generator and discriminators.
@@ -8,27 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from carim_aug.generators.blocks import ImageHead, Residual, Stem, Up, normalised
+from carim_aug.generators.blocks import ImageHead, Residual, Stem, Up, spectral_layer
 from carim_aug.generators.multiscale import GeneratorConfig
 from train.gan.discriminators import ScaleDiscriminator
 
-ATTENTION_SIDE = 32
-"""Side of the maps that attend to themselves, in pixels."""
+ATTENTION_SIDE = 32  # of the maps that attend to themselves, in pixels
+CLASS_DIM = 32  # length of the class embedding, which joins the noise
 
 
 class SelfAttention(nn.Module):
-    """Maps plus what each of their places takes from all others, times a learnt factor that starts at 0.
+    """Maps plus what each of their places takes from all others, times a factor that starts at 0 and is trained.
 
-    Args:
-        channels: of the maps, at least 8.
-        spectral: spectral normalisation of the four 1x1 convolutions.
-
-    Reference:
-        Zhang et al., "Self-attention generative adversarial networks", 2019.
+    Reference: Zhang et al., "Self-attention generative adversarial networks", 2019.
     """
 
     def __init__(self, channels: int, *, spectral: bool = True) -> None:
-        """Makes the layer; at first it changes nothing."""
         super().__init__()
         if channels < 8:
             raise ValueError(f"channels must be at least 8, got {channels}")
@@ -36,36 +30,28 @@ class SelfAttention(nn.Module):
         def conv(before: int, after: int) -> nn.Module:
             layer = nn.Conv2d(before, after, 1, bias=False)
             nn.init.orthogonal_(layer.weight)
-            return normalised(layer, spectral)
+            return spectral_layer(layer, spectral)
 
         self.query, self.key = conv(channels, channels // 8), conv(channels, channels // 8)
         self.value, self.out = conv(channels, channels // 2), conv(channels // 2, channels)
         self.factor = nn.Parameter(torch.zeros(()))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Gives maps (B, C, H, W) of maps (B, C, H, W), H and W even; keys and values are pooled by 2."""
+        """Return maps (B, C, H, W) of maps (B, C, H, W), H and W even; keys and values are pooled by 2."""
         query = self.query(maps).flatten(2).mT
         key, value = (F.max_pool2d(layer(maps), 2).flatten(2).mT for layer in (self.key, self.value))
-        taken = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return maps + self.factor * self.out(taken.mT.unflatten(2, tuple(maps.shape[2:])))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return maps + self.factor * self.out(attended.mT.unflatten(2, tuple(maps.shape[2:])))
 
 
 class AttentionGenerator(nn.Module):
-    """Noise and class to chest X-rays at several scales.
+    """Noise and class to chest X-rays at several scales; of its numbers, joint and soft_mask are about masks only."""
 
-    Args:
-        config: numbers of the CARIM-cGAN's generator; joint and soft_mask, which are about masks, are left aside.
-        classes: how many.
-        class_dim: length of the class embedding, which joins the noise.
-    """
-
-    def __init__(self, config: GeneratorConfig, *, classes: int = 2, class_dim: int = 32) -> None:
-        """Makes an untrained generator."""
+    def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         spectral, steps = config.spectral_norm, len(config.channels)
-        self.image_size, self.noise_dim, self.branches = config.image_size, config.noise_dim, config.branches
-        self.embedding = nn.Embedding(classes, class_dim)
-        self.stem = Stem(config.noise_dim + class_dim, config.stem_channels, spectral=spectral)
+        self.embedding = nn.Embedding(2, CLASS_DIM)
+        self.stem = Stem(config.noise_dim + CLASS_DIM, config.stem_channels, spectral=spectral)
         self.steps, self.heads = nn.ModuleList(), nn.ModuleDict()
         width = config.stem_channels
         for step, channels in enumerate(config.channels):
@@ -78,8 +64,8 @@ class AttentionGenerator(nn.Module):
                 self.heads[str(step)] = ImageHead(channels, spectral=spectral)
             width = channels
 
-    def pyramid(self, noise: Tensor, classes: Tensor) -> list[Tensor]:
-        """Gives images of all scales, smallest first, (B, 1, s, s) in [-1, 1], of noise (B, D) and classes (B,)."""
+    def forward(self, noise: Tensor, classes: Tensor) -> list[Tensor]:
+        """Return images of all scales, smallest first, (B, 1, s, s) in [-1, 1], of noise (B, D) and classes (B,)."""
         hidden = self.stem(torch.cat([noise, self.embedding(classes).to(noise.dtype)], dim=1))
         images = []
         for step, layers in enumerate(self.steps):
@@ -88,17 +74,12 @@ class AttentionGenerator(nn.Module):
                 images.append(self.heads[str(step)](hidden))
         return images
 
-    def forward(self, noise: Tensor, classes: Tensor) -> Tensor:
-        """Gives images of the last scale, (B, 1, S, S) in [-1, 1], of noise (B, D) and classes (B,) int64."""
-        return self.pyramid(noise, classes)[-1]
-
 
 class AttentionDiscriminator(ScaleDiscriminator):
-    """A scale's discriminator that attends to itself where its maps are 32x32; see `ScaleDiscriminator`."""
+    """A scale's discriminator that attends to itself where its maps are 32x32: not at all of images below 64 px."""
 
-    def __init__(self, image_size: int, *, spectral_norm: bool = True, **numbers: int | bool) -> None:
-        """Makes an untrained discriminator; images below 64 px have no maps of 32x32 and get no attention."""
-        super().__init__(image_size, spectral_norm=spectral_norm, **numbers)  # type: ignore[arg-type]
+    def __init__(self, image_size: int, **numbers: int | bool) -> None:
+        super().__init__(image_size, **numbers)  # type: ignore[arg-type]
         layers: list[nn.Module] = []
         side, width = image_size, 1
         for layer in self.trunk:
@@ -106,5 +87,5 @@ class AttentionDiscriminator(ScaleDiscriminator):
             if isinstance(layer, nn.Conv2d):
                 side, width = side // layer.stride[0], layer.out_channels
             if isinstance(layer, nn.LeakyReLU) and side == ATTENTION_SIDE and image_size > ATTENTION_SIDE:
-                layers.append(SelfAttention(width, spectral=spectral_norm))
+                layers.append(SelfAttention(width))
         self.trunk = nn.Sequential(*layers)

@@ -1,236 +1,116 @@
-"""Class-conditional baselines as generators of `SyntheticNoduleMix` (METHOD 7, Table 1): DCGAN, PGGAN, attention cGAN.
+"""DCGAN, PGGAN and the attention cGAN of Table 1 of Ann (2021) as generators.
 
-They know a class but no place: any mask that is not empty asks for a nodule, which is then wherever it is. So they
-serve for whole images of a classifier's batches, and neither for grafts nor for boxes.
+They know a class but no place: so they serve for whole images of a classifier's batches, not for grafts or boxes.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from carim_aug.generators.checkpoint import ADVICE, FILE, PRIOR, WeightsError, check_finite, check_names
-from carim_aug.generators.multiscale import ARCHITECTURES
-from carim_aug.location.prior import LocationPrior
-from carim_aug.ops.boxes import check_masks
-from carim_aug.ops.sealed import digest, read_sealed, write_sealed
+from carim_aug.generators.base import check_device
+from carim_aug.generators.multiscale import ARCHITECTURES, GeneratorConfig
+from carim_aug.generators.pretrained import NoduleGenerator
+from carim_aug.ops.random import noise
 from train.reproduction.baselines.attention import AttentionGenerator
 from train.reproduction.baselines.dcgan import DCGANGenerator
 from train.reproduction.baselines.pggan import ProgressiveGenerator
 
 KINDS: tuple[str, ...] = ("dcgan", "pggan", "attention")
-"""Class-conditional baselines of Table 1."""
-
-FORMAT = "carim_aug.classgenerator"
 
 
 @dataclass(frozen=True)
 class ClassGeneratorConfig:
-    """Numbers that fix one baseline's generator.
+    """Numbers that fix one baseline's generator."""
 
-    Attributes:
-        kind: of `KINDS`.
-        image_size: side in pixels.
-        noise_dim: length of z.
-        width: maps at (PGGAN) or before (DCGAN) the final size.
-        most: largest number of maps.
-        architecture: attention: whose backbone, of `carim_aug.generators.multiscale.ARCHITECTURES`.
-    """
-
-    kind: str
-    image_size: int = 256
-    noise_dim: int = 100
-    width: int = 32
-    most: int = 1024
-    architecture: str = ""
+    kind: str  # of `KINDS`
+    architecture: str = "fast256"  # whose image size and noise all kinds have, and whose backbone the attention cGAN
+    width: int = 32  # maps at (PGGAN) or before (DCGAN) the final size
+    most: int = 1024  # largest number of maps
 
     def __post_init__(self) -> None:
-        """Checks that the numbers fit together."""
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
-        if self.kind == "attention":
-            if self.architecture not in ARCHITECTURES:
-                raise ValueError(f"architecture must be one of {sorted(ARCHITECTURES)}, got {self.architecture!r}")
-            backbone = ARCHITECTURES[self.architecture]
-            if (self.image_size, self.noise_dim) != (backbone.image_size, backbone.noise_dim):
-                raise ValueError(
-                    f"image_size and noise_dim must be the architecture's, {backbone.image_size} and "
-                    f"{backbone.noise_dim}, got {self.image_size} and {self.noise_dim}"
-                )
+        for name, value, known in (("kind", self.kind, KINDS), ("architecture", self.architecture, ARCHITECTURES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {sorted(known)}, got {value!r}")
 
-    def networks(self, *, spectral_norm: bool = True) -> nn.ModuleList:
-        """Gives untrained networks: two, normal and nodule, of DCGAN; else one that takes the class."""
-        if self.kind == "dcgan":
-            numbers = {"noise_dim": self.noise_dim, "width": self.width, "most": self.most}
-            return nn.ModuleList(DCGANGenerator(self.image_size, **numbers) for _ in range(2))
-        if self.kind == "pggan":
-            numbers = {"noise_dim": self.noise_dim, "width": self.width, "most": self.most}
-            return nn.ModuleList([ProgressiveGenerator(self.image_size, **numbers)])
-        backbone = replace(ARCHITECTURES[self.architecture], spectral_norm=spectral_norm)
-        return nn.ModuleList([AttentionGenerator(backbone)])
-
-
-class ClassGenerator(nn.Module):
-    """A trained class-conditional generator behind the protocol of masks; see `carim_aug.generators.base`.
-
-    Args:
-        config: the numbers.
-        networks: trained ones, whose values are taken over, spectral norm folded; untrained by default.
-
-    Attributes:
-        places: False: the nodule is not where the mask is.
-        provenance: training data, recipe and git commit, as saved with the weights; empty if untrained.
-    """
-
-    places = False
-    value_range: tuple[float, float] = (-1.0, 1.0)
-
-    def __init__(self, config: ClassGeneratorConfig, networks: nn.ModuleList | None = None) -> None:
-        """Makes the networks; in eval mode if trained ones are given."""
-        super().__init__()
-        self.config, self.provenance = config, dict[str, Any]()
-        self.networks = config.networks(spectral_norm=False)
-        if networks is not None:
-            wanted = self.networks.state_dict()
-            self.networks.load_state_dict({name: _value(networks, name) for name in wanted})
-            self.eval()
+    @property
+    def backbone(self) -> GeneratorConfig:
+        """The numbers of the architecture."""
+        return ARCHITECTURES[self.architecture]
 
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
-        return self.config.image_size
+        return self.backbone.image_size
 
-    @property
-    def noise_dim(self) -> int:
-        """Length of z."""
-        return self.config.noise_dim
 
-    @property
-    def weights_hash(self) -> str:
-        """SHA-256 of the configuration and all tensors, as hex."""
-        return digest(self._arrays(), {"config": json.dumps(asdict(self.config))})
+class ClassNetworks(nn.Module):
+    """One baseline's generators: two, normal and nodule, of DCGAN; else one that takes the class."""
 
-    def images(self, noise: Tensor, classes: Tensor) -> Tensor:
-        """Gives images of classes.
+    def __init__(self, config: ClassGeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        numbers = {"noise_dim": config.backbone.noise_dim, "width": config.width, "most": config.most}
+        if config.kind == "dcgan":
+            self.each = nn.ModuleList(DCGANGenerator(config.image_size, **numbers) for _ in range(2))
+        elif config.kind == "pggan":
+            self.each = nn.ModuleList([ProgressiveGenerator(config.image_size, **numbers)])
+        else:
+            self.each = nn.ModuleList([AttentionGenerator(config.backbone)])
 
-        Args:
-            noise: (B, noise_dim) float, z ~ N(0, I).
-            classes: (B,) int64, 0 normal, 1 nodule.
+    def forward(self, noise: Tensor, classes: Tensor, *, step: int | None = None, alpha: float = 1.0) -> list[Tensor]:
+        """Return images (B, 1, s, s): of all scales of the attention cGAN, smallest first; else of one.
 
-        Returns:
-            (B, 1, S, S) float, [-1, 1].
+        Of noise (B, noise_dim) and classes (B,), 0 normal, 1 nodule; step and alpha are those of PGGAN.
         """
-        if noise.ndim != 2 or noise.shape[1] != self.noise_dim or classes.shape != noise.shape[:1]:
-            raise ValueError(
-                f"noise must be (B, {self.noise_dim}) and classes (B,), got {tuple(noise.shape)} and "
-                f"{tuple(classes.shape)}"
-            )
-        if self.config.kind == "dcgan":
-            made = noise.new_empty(len(noise), 1, self.image_size, self.image_size)
-            for number, network in enumerate(self.networks):
-                rows = (classes == number).nonzero()[:, 0]
-                if len(rows):
-                    made[rows] = network(noise[rows]).to(made.dtype)
-            return made
-        return self.networks[0](noise, classes).clamp(-1, 1)
+        if self.config.kind == "attention":
+            return self.each[0](noise, classes)
+        if self.config.kind == "pggan":
+            return [self.each[0](noise, classes, step=step, alpha=alpha)]
+        images = noise.new_empty(len(noise), 1, self.config.image_size, self.config.image_size)
+        for number, network in enumerate(self.each):
+            rows = classes == number
+            if rows.any():
+                images[rows] = network(noise[rows]).to(images.dtype)
+        return [images]
 
-    def forward(self, noise: Tensor, masks: Tensor) -> Tensor:
-        """Gives images: of a nodule where the mask has a pixel, else normal ones.
 
-        Args:
-            noise: (B, noise_dim) float, z ~ N(0, I).
-            masks: (B, 1, S, S) in {0, 1}.
+class ClassGenerator(NoduleGenerator):
+    """A trained baseline, as a class source (`carim_aug.generators.base.ClassSource`)."""
 
-        Returns:
-            (B, 1, S, S) float, [-1, 1].
-
-        Raises:
-            ValueError: wrong shapes, or a mask that is not binary.
-        """
-        if tuple(masks.shape) != (len(noise), 1, self.image_size, self.image_size):
-            raise ValueError(
-                f"masks must be ({len(noise)}, 1, {self.image_size}, {self.image_size}), got {tuple(masks.shape)}"
-            )
-        check_masks(masks)
-        return self.images(noise, (masks.flatten(1).amax(dim=1) > 0).long())
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        prior: LocationPrior | None = None,
-        training_data: str | None = None,
-        recipe: Mapping[str, Any] | None = None,
-        git_commit: str | None = None,
-    ) -> None:
-        """Writes model.safetensors, and prior.safetensors if there is a prior.
-
-        Args:
-            folder: made if missing.
-            prior: for the masks that a mix draws; they mean a class only.
-            training_data: what the weights were trained on; kept from before if None, as the next two.
-            recipe: plain JSON types.
-            git_commit: of the training code.
-
-        Raises:
-            WeightsError: a tensor is not finite.
-        """
-        arrays = self._arrays()
-        check_finite(arrays, "these weights", "train again from the last good checkpoint")
-        given = {"training_data": training_data, "recipe": recipe, "git_commit": git_commit}
-        told = {k: v for k, v in given.items() if v is not None}
-        self.provenance = {**self.provenance, **json.loads(json.dumps(told))}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        texts = {"format": FORMAT, "config": json.dumps(asdict(self.config)), "provenance": json.dumps(self.provenance)}
-        write_sealed(Path(folder) / FILE, arrays, texts)
-        if prior is not None:
-            prior.save(Path(folder) / PRIOR)
+    format = "carim_aug.classgenerator"
+    network: ClassNetworks
 
     @staticmethod
-    def is_at(folder: Any) -> bool:
-        """Says whether a folder holds weights that `save_pretrained` wrote, by their header alone."""
-        path = Path(folder) / FILE
-        try:
-            with safe_open(path, framework="numpy") as file:
-                return (file.metadata() or {}).get("format") == FORMAT
-        except (SafetensorError, OSError):
-            return False
+    def build(architecture: Mapping[str, Any]) -> ClassNetworks:
+        """Return untrained networks of `ClassGeneratorConfig`'s numbers."""
+        return ClassNetworks(ClassGeneratorConfig(**architecture))
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ClassGenerator":
-        """Gives a trained generator in eval mode on the CPU.
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The numbers of the networks' config."""
+        return asdict(self.network.config)
 
-        Args:
-            folder: that `save_pretrained` wrote.
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.network.config.image_size
 
-        Raises:
-            WeightsError: missing, damaged, or not of a class-conditional baseline.
-        """
-        path = Path(folder) / FILE
-        try:
-            arrays, texts, sealed = read_sealed(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise WeightsError(f"{path} cannot be read ({error}): {ADVICE}") from error
-        if texts.get("format") != FORMAT:
-            raise WeightsError(f"{path} must be of format {FORMAT!r}, got {texts.get('format')!r}")
-        if not sealed:
-            raise WeightsError(f"{path} does not match its own SHA-256, so something in it has changed: {ADVICE}")
-        generator = cls(ClassGeneratorConfig(**json.loads(texts["config"])))
-        check_names(path, arrays, generator.networks.state_dict())
-        generator.networks.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-        generator.provenance = json.loads(texts["provenance"])
-        return generator.eval()
-
-    def _arrays(self) -> Mapping[str, Any]:
-        return {k: v.detach().cpu().contiguous().numpy() for k, v in self.networks.state_dict().items()}
+    @torch.no_grad()
+    def class_images(self, nodule: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return generated images (n, 1, S, S) float32, [-1, 1], with a nodule where `nodule` (n,) bool asks for it."""
+        if tuple(nodule.shape) != (len(seeds),) or nodule.dtype != torch.bool:
+            raise ValueError(f"nodule must be ({len(seeds)},) bool, got {tuple(nodule.shape)} {nodule.dtype}")
+        z, device = noise(seeds, self.network.config.backbone.noise_dim), nodule.device
+        networks = self.network if device.type == "cpu" else _copy_to(device, self.network)
+        return networks(z.to(device), nodule.long())[-1].clamp(-1, 1)
 
 
-def _value(networks: nn.Module, name: str) -> Tensor:
-    """The value of a parameter or buffer as the network uses it: spectral norm, if any, evaluated."""
-    owner, _, last = name.rpartition(".")
-    return getattr(networks.get_submodule(owner), last).detach()
+@lru_cache(maxsize=2)
+def _copy_to(device: torch.device, networks: ClassNetworks) -> ClassNetworks:
+    check_device(device)
+    return copy.deepcopy(networks).to(device)

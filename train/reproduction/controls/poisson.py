@@ -1,4 +1,4 @@
-"""Poisson blending: a piece of one film put into another without a seam, for the copy-paste control (METHOD 8).
+"""Poisson blending: a piece of one image put into another without a seam, for the copy-paste control.
 
 Reference: Perez, Gangnet and Blake, "Poisson image editing", ACM Transactions on Graphics 22 (2003).
 """
@@ -8,24 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def poisson_blend(target: Tensor, source: Tensor, inside: Tensor, *, steps: int = 200) -> Tensor:
-    """Gives `source` inside the mask plus the harmonic map that joins it to `target` at the mask's edge.
+def poisson_blend(target: Tensor, source: Tensor, inside: Tensor, *, steps: int) -> Tensor:
+    """Return `source` inside the mask plus the harmonic map that joins it to `target` at the mask's edge.
 
-    Where the mask reaches the image's border there is nothing to join, and the map has no slope across it.
-
-    Args:
-        target: (B, 1, S, S) float, [-1, 1]. Never changed.
-        source: (B, 1, S, S) float, [-1, 1]; read inside the mask and one pixel about it.
-        inside: (B, 1, S, S) bool.
-        steps: of Jacobi's iteration, which begins with the mean difference at the edge. What is left of the slowest
-            part of the error after w x w steps in a mask w pixels wide is at most 1 %.
-
-    Returns:
-        (B, 1, S, S), clamped to [-1, 1]; `target` outside the mask.
+    Images are (B, 1, S, S) float, [-1, 1], masks bool; the result is clamped inside the mask and `target` outside. The
+    source is read one pixel about the mask too. Where the mask reaches the image's border there is nothing to join, and
+    the map has no slope across it. Jacobi's iteration begins with the mean difference at the edge; what is left of the
+    slowest part of the error after w x w steps in a mask w pixels wide is at most 1 %.
     """
-    device = target.device
-    span = 2 + max(int(inside.any(dim=d).sum(dim=-1).max()) for d in (2, 3))
-    span, side = min(span, target.shape[-1]), target.shape[-1]
+    side, device = target.shape[-1], target.device
+    span = min(side, 2 + max(int(inside.any(dim=d).sum(dim=-1).max()) for d in (2, 3)))
     # A window about each sample's mask: all else stays.
     first = [inside.any(dim=d)[:, 0].float().argmax(dim=1) for d in (2, 3)]
     x, y = ((f - 1).clamp(min=0, max=side - span) for f in first)
@@ -42,5 +34,6 @@ def poisson_blend(target: Tensor, source: Tensor, inside: Tensor, *, steps: int 
         means = F.conv2d(F.pad(harmonic, (1, 1, 1, 1), mode="replicate"), kernel)
         harmonic = torch.where(within, means, gap)
     blended = target.clone()
-    blended[at] = torch.where(within, source[at][:, None] + harmonic, target[at][:, None])[:, 0]
-    return blended.clamp(-1, 1)
+    joined = (source[at][:, None] + harmonic).clamp(-1, 1)
+    blended[at] = torch.where(within, joined, target[at][:, None])[:, 0]
+    return blended

@@ -1,13 +1,12 @@
-"""The FROC table of saved detectors: `python -m train.reproduction.detector.table runs/detector/none-0 runs/detector/mix-0 .. --split val`.
+"""The FROC table of saved detectors: `python -m train.reproduction.detector.table RUN RUN .. --split val`.
 
-Runs that differ in their seed alone are averaged; differences from the plain training are paired, film by film and
-seed by seed. A box finds a nodule if its centre lies in the nodule's box grown to at least 10 pixels of 256; boxes
-outside, on normal and on boxed films alike, are false positives, counted per film of both kinds (METHOD 8).
+Runs that differ in their seed alone are averaged; differences from the plain training are paired, image by image and
+seed by seed. A box finds a nodule if its centre lies in the nodule's box enlarged to at least 10 pixels of 256; boxes
+outside, on normal and on boxed images alike, are false positives, counted per image of both kinds.
 """
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,161 +16,144 @@ from torch import Tensor
 
 from carim_aug.location.prior import LocationPrior
 from carim_aug.ops.random import fold, stream
+from train.common.command import named_errors, recipe_parser
 from train.common.run import RunError
-from train.metrics.froc import RATES, Marks, interval, marked, patient_weights, sensitivity
-from train.reproduction.report.tables import spanned, table
-from train.reproduction.sources import SIZE
+from train.metrics.froc import RATES, mark_images, patient_weights, sensitivity
+from train.metrics.statistics import estimate, interval
+from train.reproduction.detector.data import SIZE
+from train.reproduction.tables import spanned, table
 
-PLAIN = "real films alone"
-NAMES = {"graft": "grafts", "real": "boxed films again", "ct": "CT nodules", "blob": "drawn blobs"}
+PLAIN = "real images alone"
+NAMES = {"graft": "grafts", "real": "boxed images again", "ct": "CT nodules", "drawn-blob": "drawn blobs"}
 CHANCE = "chance: boxes of the prior"
 CHANCE_BOXES, CHANCE_ROUNDS = 20, 20
 
+SAME: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "split": lambda run: run["split"],
+    "images": lambda run: [(image["name"], image["patient"], image["nodules"]) for image in run["images"]],
+    "preset": lambda run: run["recipe"]["preset"],
+    "start": lambda run: run["recipe"]["start"],
+}
+"""In what runs of one table do not differ."""
+
 
 def read_run(folder: str | Path, split: str) -> dict[str, Any]:
-    """Gives what a run found in a split.
-
-    Raises:
-        RunError: the run was not judged on it.
-    """
+    """Return what a run found in a split, or raise RunError if it was not scored on it, or is an older one."""
     path = Path(folder) / f"found-{split}.json"
     if not path.exists():
-        raise RunError(f"{folder} was not judged on {split}: give its command again with --test {split}")
-    return json.loads(path.read_text())
+        raise RunError(f"{folder} was not scored on {split}: give its command again with --test {split}")
+    run = json.loads(path.read_text())
+    if "images" not in run:
+        raise RunError(f"{path} must be of this version of train.reproduction.detector, got an older one")
+    return run
 
 
 def arm_of(run: dict[str, Any]) -> str:
-    """Gives the name of what a run differs in from the plain training."""
+    """Return the name of what a run differs in from the plain training."""
     recipe = run["recipe"]
     if not recipe["mix"]:
         return PLAIN
     which = f" {recipe['generator'][:8]}" if recipe["source"] == "graft" else ""
-    return f"{NAMES[recipe['source']]}{which}, {recipe['mix']:g} of normal films"
-
-
-def marks_of(run: dict[str, Any]) -> Marks:
-    """Gives the marks of a run's films."""
-    found = [torch.tensor(film["found"]).reshape(-1, 5) for film in run["films"]]
-    return marked([f[:, :4] for f in found], [f[:, 4] for f in found], nodules_of(run))
+    return f"{NAMES[recipe['source']]}{which}, {recipe['mix']:g} of normal images"
 
 
 def nodules_of(run: dict[str, Any]) -> list[Tensor]:
-    """Gives the true boxes (k, 4) of each film."""
-    return [torch.tensor(film["nodules"]).reshape(-1, 4) for film in run["films"]]
+    """Return the true boxes (k, 4) of each image."""
+    return [torch.tensor(image["nodules"]).reshape(-1, 4) for image in run["images"]]
 
 
 def chance(run: dict[str, Any], rates: Sequence[float]) -> list[float]:
-    """Gives the sensitivities of boxes drawn from the bundled prior with scores drawn alike, the mean of 20 rounds."""
+    """Return the sensitivities of boxes of the bundled prior with scores drawn alike, the mean of 20 rounds."""
     prior, rng = LocationPrior.bundled(), stream(0, 0, 28)
-    nodules, n = nodules_of(run), len(run["films"])
+    nodules, n = nodules_of(run), len(run["images"])
     values = []
     for _ in range(CHANCE_ROUNDS):
-        drawn = np.stack([prior.draw(rng, SIZE)[0] for _ in range(n * CHANCE_BOXES)])
-        boxes = list(torch.from_numpy(drawn).reshape(n, CHANCE_BOXES, 4))
-        scores = list(torch.from_numpy(rng.random((n, CHANCE_BOXES))))
-        values.append(sensitivity(marked(boxes, scores, nodules), rates))
+        boxes = np.stack([prior.draw(rng, SIZE)[0] for _ in range(n * CHANCE_BOXES)])
+        scores = torch.from_numpy(rng.random((n, CHANCE_BOXES)))
+        marks = mark_images(list(torch.from_numpy(boxes).reshape(n, CHANCE_BOXES, 4)), list(scores), nodules)
+        values.append(sensitivity(marks, rates))
     return torch.stack(values).mean(0).tolist()
 
 
 def compare(runs: Sequence[dict[str, Any]], *, rates: Sequence[float] = RATES, draws: int = 2000) -> dict[str, Any]:
-    """Gives the sensitivities of each arm with 95 % intervals over patients, and its differences from the plain one.
+    """Return the sensitivities of each arm with 95 % intervals over patients, and its gains over the plain one.
 
-    Args:
-        runs: as `read_run` gives them, of one split, all but mix, source and seed alike.
-        rates: false positives a film.
-        draws: bootstrap samples; the same ones for all runs.
-
-    Returns:
-        split, nodules, films, boxed films, rates, chance, and for each arm: seeds, each seed's sensitivities, and for
-        each rate value, low and high of "sensitivity" and, if there is a plain arm, of "gain" over its same seeds.
-
-    Raises:
-        RunError: runs that cannot be compared.
+    The runs are of one split, and all but mix, source and seed alike; all share the bootstrap samples.
     """
     if not runs:
         raise RunError("runs must be at least one, got none")
     first = runs[0]
     for run in runs:
-        for what, of in (("split", _split), ("films", _films), ("preset", _preset), ("start", _start)):
-            if of(run) != of(first):
+        for what, part in SAME.items():
+            if part(run) != part(first):
                 raise RunError(f"runs must be of the same {what}, got two in {arm_of(run)}, seed {run['seed']}")
-    patients = torch.tensor([film["patient"] for film in first["films"]])
-    boxed = torch.tensor([len(film["nodules"]) > 0 for film in first["films"]])
+    patients = torch.tensor([image["patient"] for image in first["images"]])
+    boxed = torch.tensor([len(image["nodules"]) > 0 for image in first["images"]])
     weights = patient_weights(patients, boxed, generator=torch.Generator().manual_seed(fold(0, 29)), draws=draws)
-    values: dict[str, dict[int, Tensor]] = {}
-    sampled: dict[str, dict[int, Tensor]] = {}
+
+    # Of each arm and seed the sensitivities (R,), and those of the bootstrap samples (draws, R).
+    values: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for run in runs:
-        arm, seed, marks = arm_of(run), run["seed"], marks_of(run)
+        arm, seed = arm_of(run), run["seed"]
         if seed in values.setdefault(arm, {}):
             raise RunError(f"runs must differ, got {arm}, seed {seed} twice")
-        values[arm][seed] = sensitivity(marks, rates)
-        sampled.setdefault(arm, {})[seed] = sensitivity(marks, rates, weights=weights)
-    arms = {}
-    for arm, of_seed in values.items():
-        row: dict[str, Any] = {"seeds": {str(seed): value.tolist() for seed, value in sorted(of_seed.items())}}
-        row["sensitivity"] = _with_interval(of_seed, sampled[arm])
-        both = sorted(of_seed.keys() & values.get(PLAIN, {}).keys())
-        if arm != PLAIN and both:
-            gain = {seed: of_seed[seed] - values[PLAIN][seed] for seed in both}
-            row["gain"] = _with_interval(gain, {seed: sampled[arm][seed] - sampled[PLAIN][seed] for seed in both})
-            row["gain_seeds"] = both
+        found = [torch.tensor(image["found"]).reshape(-1, 5) for image in run["images"]]
+        marks = mark_images([f[:, :4] for f in found], [f[:, 4] for f in found], nodules_of(run))
+        values[arm][seed] = sensitivity(marks, rates), sensitivity(marks, rates, weights=weights)
+    plain, arms = values.get(PLAIN, {}), {}
+    for arm, seeds in values.items():
+        row: dict[str, Any] = {"seeds": {str(seed): seeds[seed][0].tolist() for seed in sorted(seeds)}}
+        row["sensitivity"] = _average(list(seeds.values()))
+        if arm != PLAIN and (both := sorted(seeds.keys() & plain.keys())):
+            gains = [(seeds[s][0] - plain[s][0], seeds[s][1] - plain[s][1]) for s in both]
+            row |= {"gain": _average(gains), "gain_seeds": both}
         arms[arm] = row
-    facts = {"split": first["split"], "films": len(boxed), "boxed": int(boxed.sum())}
-    facts |= {"nodules": sum(map(len, nodules_of(first))), "rates": list(rates), "chance": chance(first, rates)}
-    return {**facts, "start": _start(first), "preset": _preset(first), "arms": arms}
+    return {
+        "split": first["split"],
+        "images": len(boxed),
+        "boxed": int(boxed.sum()),
+        "nodules": sum(map(len, nodules_of(first))),
+        "rates": list(rates),
+        "chance": chance(first, rates),
+        "start": first["recipe"]["start"],
+        "preset": first["recipe"]["preset"],
+        "arms": arms,
+    }
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """Gives the table of `compare`'s figures."""
-    header = "|".join(["arm", "seeds"] + [f"at {rate:g} FP" for rate in figures["rates"]])
-    header += "".join(f"|gain at {rate:g}" for rate in figures["rates"])
-    rows = [[CHANCE, "-", *(f"{value:.3f}" for value in figures["chance"]), *["-"] * len(figures["rates"])]]
+    """Return the table of `compare`'s figures."""
+    rates, empty = figures["rates"], ["-"] * len(figures["rates"])
+    header = "|".join(["arm", "seeds", *(f"at {r:g} FP" for r in rates), *(f"gain at {r:g}" for r in rates)])
+    rows = [[CHANCE, "-", *(f"{value:.3f}" for value in figures["chance"]), *empty]]
     for arm, row in figures["arms"].items():
-        gains = [spanned(g) for g in row["gain"]] if "gain" in row else ["-"] * len(figures["rates"])
+        gains = [spanned(gain) for gain in row["gain"]] if "gain" in row else empty
         rows.append([arm, str(len(row["seeds"])), *(spanned(s) for s in row["sensitivity"]), *gains])
-        for seed, value in row["seeds"].items():
-            rows.append([f"- seed {seed}", "", *(f"{v:.3f}" for v in value), *[""] * len(figures["rates"])])
+        rows += [
+            [f"- seed {s}", "", *(f"{v:.3f}" for v in value), *[""] * len(rates)] for s, value in row["seeds"].items()
+        ]
     text = (
-        f"Sensitivity on {figures['nodules']} nodules in {figures['boxed']} films and {figures['films']} films in all "
-        f"of {figures['split']}, at false positives a film; means over seeds, 95 % intervals over patients. All runs "
-        f"start from weights {figures['start'][:8]} and see {figures['preset']['images']} films."
+        f"Sensitivity on {figures['nodules']} nodules in {figures['boxed']} images and {figures['images']} images in "
+        f"all of {figures['split']}, at false positives an image; means over seeds, 95 % intervals over patients. All "
+        f"runs start from weights {figures['start'][:8]} and see {figures['preset']['images']} images."
     )
     return f"{text}\n\n{table(header, rows)}"
 
 
-def _with_interval(values: dict[int, Tensor], sampled: dict[int, Tensor]) -> list[dict[str, float]]:
-    mean = torch.stack(list(values.values())).mean(0).tolist()
-    low, high = interval(torch.stack(list(sampled.values())).mean(0)).tolist()
-    return [{"value": v, "low": a, "high": b} for v, a, b in zip(mean, low, high, strict=True)]
-
-
-def _split(run: dict[str, Any]) -> Any:
-    return run["split"]
-
-
-def _films(run: dict[str, Any]) -> Any:
-    return [(film["film"], film["patient"], film["nodules"]) for film in run["films"]]
-
-
-def _preset(run: dict[str, Any]) -> Any:
-    return run["recipe"]["preset"]
-
-
-def _start(run: dict[str, Any]) -> Any:
-    return run["recipe"]["start"]
+def _average(seeds: list[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+    """Return the mean over seeds at each rate, with its interval over the bootstrap samples."""
+    values, samples = (torch.stack(part).mean(0) for part in zip(*seeds, strict=True))
+    return [estimate(v, (a, b)) for v, a, b in zip(values.tolist(), *interval(samples).tolist(), strict=True)]
 
 
 def main() -> None:
-    """Prints the table and keeps its figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of train.reproduction.detector.training")
+    """Print the table, and write its figures as JSON."""
+    parser = recipe_parser(__doc__, "--out", out={"required": False, "help": "JSON file of the figures"})
+    parser.add_argument("runs", nargs="+", help="folders of train.reproduction.detector")
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--out", help="JSON file of the figures")
     args = parser.parse_args()
-    try:
+    with named_errors():
         figures = compare([read_run(folder, args.split) for folder in args.runs])
-    except RunError as error:
-        raise SystemExit(f"error: {error}") from None
     print(markdown(figures))
     if args.out:
         Path(args.out).write_text(json.dumps(figures, indent=2))

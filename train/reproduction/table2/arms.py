@@ -1,244 +1,183 @@
-"""The data sets that Table 2 compares: DS1 to DS4 of the source, and the controls without which a gain means nothing.
+"""The data sets that Table 2 compares: DS1 to DS4 of Ann (2021), and the controls without which a gain means nothing.
 
-An arm is real films, and what `SyntheticNoduleMix` adds to them. Where an arm adds n nodules in real films (grafts,
-duplicates, controls), n real normal films more come with them, so that classes stay balanced; whole synthetic films
-come with n synthetic normal ones, as in the source. `DS4@1` is DS4 with as many synthetic nodules as real ones.
+An arm is real images, and what `SyntheticNoduleMix` adds to them. Where an arm adds n nodules to real images (grafts,
+duplicates, controls), n real normal images more come with them, so that classes stay balanced; whole synthetic images
+come with n synthetic normal ones, as in Ann (2021). `DS4@1` is DS4 with as many synthetic nodules as real ones.
 
-One departure: the source's synthetic films are made once; here the n places of an epoch are filled anew in each, which
-is what the mix is for. So are those of the controls: DS5 draws its duplicates anew.
+One departure: Ann (2021) generates synthetic images once; here the n places of an epoch are filled anew in each, which
+is what the mix is for. So are those of the controls: "duplicated" draws its duplicates anew.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import train.reproduction.baselines.source  # noqa: F401  (knows the format of the baselines' weights)
 from carim_aug.data.ct_nodules import CTNodules
-from carim_aug.location.prior import LocationPrior
+from carim_aug.generators.pretrained import NoduleGenerator
+from carim_aug.generators.weights import PRIOR
+from carim_aug.location.prior import BUNDLED, LocationPrior
+from carim_aug.location.restricted import uniform_prior
 from carim_aug.ops.random import fold
 from carim_aug.transforms.mix import SyntheticNoduleMix
-from train.common.labelled import NODULE
+from train.common.images import ImageSet
 from train.common.run import RunError
-from train.common.splits import FilmSet
-from train.reproduction.controls.nodules import (
-    CopiedNodules,
-    DrawnNodules,
-    DuplicatedFilms,
-    SuperimposedNodules,
-    uniform_prior,
-)
-from train.reproduction.table1 import load_model
+from train.reproduction.controls.duplicates import DuplicatedImages
+from train.reproduction.controls.nodules import CopiedNodules, DrawnNodules, SuperimposedNodules
 
-SHARE = 2_000 / 5_698
-"""Synthetic nodules for each real one in the source."""
+SHARE = 2_000 / 5_698  # synthetic nodules for each real one in Ann (2021)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One data set.
+    """One data set."""
 
-    Attributes:
-        title: in the table.
-        balanced: as many normal films as nodule films, drawn by the run's seed; else all.
-        source: what adds nodules: "without" or "full" (the CARIM-cGAN's weights), "duplicates", "copies", "drawn",
-            "ct", or "" for nothing.
-        insertion: "whole" or "graft".
-        anywhere: masks at random places anywhere in the film.
-    """
-
-    title: str
-    balanced: bool = True
-    source: str = ""
-    insertion: str = "graft"
-    anywhere: bool = False
+    name: str  # of `ARMS`, perhaps with "@" and a share
+    title: str  # in the table
+    source: str = ""  # what adds nodules: "without" or "full" (the CARIM-cGAN's weights), a control, "" for nothing
+    insertion: str = "graft"  # or "whole"
+    balanced: bool = True  # as many normal images as nodule images, drawn by the run's seed; else all
+    anywhere: bool = False  # nodules at random places anywhere in the image
+    share: float = SHARE  # synthetic nodules for each real one
 
     @property
-    def synthetic(self) -> bool:
-        """Whether whole generated films of both classes come in."""
-        return self.insertion == "whole" and self.source in ("without", "full")
+    def trained(self) -> bool:
+        """Whether a trained generator makes what is added."""
+        return self.source in ("without", "full")
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole generated images of both classes come in."""
+        return self.insertion == "whole" and self.trained
 
 
 ARMS: dict[str, Arm] = {
-    "DS1": Arm("all real films", balanced=False),
-    "DS2": Arm("real films, balanced"),
-    "DS3": Arm("DS2 + films of the model without the CARIM loss", source="without", insertion="whole"),
-    "DS4": Arm("DS2 + films of the full model", source="full", insertion="whole"),
-    "DS3-graft": Arm("DS2 + grafts of the model without the CARIM loss", source="without"),
-    "DS4-graft": Arm("DS2 + grafts of the full model", source="full"),
-    "DS5": Arm("DS2 + duplicated real nodule films", source="duplicates", insertion="whole"),
-    "DS6": Arm("DS2 + real nodules copied, Poisson blended", source="copies"),
-    "DS7": Arm("DS2 + drawn nodules", source="drawn"),
-    "DS8": Arm("DS2 + CT nodules superimposed", source="ct"),
-    "DS9": Arm("DS2 + grafts of the full model at random places", source="full", anywhere=True),
+    arm.name: arm
+    for arm in (
+        Arm("DS1", "all real images", balanced=False, share=0.0),
+        Arm("DS2", "real images, balanced", share=0.0),
+        Arm("DS3", "DS2 + images of the model without the CARIM loss", "without", "whole"),
+        Arm("DS4", "DS2 + images of the full model", "full", "whole"),
+        Arm("DS3-graft", "DS2 + grafts of the model without the CARIM loss", "without"),
+        Arm("DS4-graft", "DS2 + grafts of the full model", "full"),
+        Arm("duplicated", "DS2 + duplicated real nodule images", "duplicated", "whole"),
+        Arm("copied", "DS2 + real nodules copied, Poisson blended", "copied"),
+        Arm("drawn-blob", "DS2 + drawn nodules", "drawn-blob"),
+        Arm("ct", "DS2 + CT nodules superimposed", "ct"),
+        Arm("random-places", "DS2 + grafts of the full model at random places", "full", anywhere=True),
+    )
 }
 
+NUMBERS = dict(zip(("DS5", "DS6", "DS7", "DS8", "DS9"), list(ARMS)[6:], strict=True))
+"""The controls by number, counted on from Ann's (2021) DS1 to DS4."""
 
-def parsed(name: str) -> tuple[Arm, float]:
-    """Gives an arm and how many synthetic nodules it has for each real one.
 
-    Args:
-        name: of `ARMS`, and perhaps "@" and a share.
-
-    Raises:
-        RunError: no such arm, or a share that is no number above 0.
-    """
-    known, at, share = name.partition("@")
+def find_arm(name: str) -> Arm:
+    """Return the arm of a name of `ARMS` or `NUMBERS`, perhaps with "@" and a share, or raise RunError."""
+    stem, at, text = name.partition("@")
+    arm = ARMS.get(NUMBERS.get(stem, stem))
     try:
-        wanted = float(share) if at else SHARE
+        share = float(text) if at else SHARE
     except ValueError:
-        wanted = -1.0
-    if known not in ARMS or not 0 < wanted < math.inf or (at and not ARMS[known].source):
-        raise RunError(f"arms must be of {list(ARMS)}, those that add nodules perhaps with @SHARE, got {name!r}")
-    return ARMS[known], wanted if ARMS[known].source else 0.0
+        share = math.nan
+    if arm is None or not 0 < share < math.inf or (at and not arm.source):
+        known = [*ARMS, *NUMBERS]
+        raise RunError(f"arms must be of {known}, those that add nodules perhaps with @SHARE, got {name!r}")
+    return replace(arm, name=arm.name + at + text, share=share) if at else arm
+
+
+def prior_file(folder: str | Path | None) -> Path:
+    """Return the file of the prior beside weights; where there is none, and for None, that of the bundled one."""
+    beside = BUNDLED if folder is None else Path(folder) / PRIOR
+    return beside if beside.exists() else BUNDLED
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What arms may add.
-
-    Attributes:
-        without: folder of the model without the CARIM loss, or None where no arm asks for it.
-        full: folder of the full model.
-        ct_nodules: templates.npz.
-    """
+    """What arms may add: folders of the weights without the CARIM loss and with it, and templates.npz of CT nodules."""
 
     without: str | Path | None = None
     full: str | Path | None = None
     ct_nodules: str | Path | None = None
 
-    def lacking(self, arm: Arm) -> str | None:
-        """Gives the name of what an arm needs and was not given, or None."""
+    def check(self, arm: Arm) -> None:
+        """Raise RunError unless what an arm needs was given."""
         name = {"without": "without", "full": "full", "ct": "ct_nodules"}.get(arm.source)
-        return name if name is not None and getattr(self, name) is None else None
+        if name is not None and getattr(self, name) is None:
+            raise RunError(f"{name} must be given for {arm.name} (--{name.replace('_', '-')}), got None")
 
     def hashes(self, arm: Arm) -> dict[str, str]:
-        """Gives the hash of the weights that an arm uses."""
-        if arm.source not in ("without", "full"):
+        """Return the hash of the weights that an arm uses, by their name."""
+        self.check(arm)
+        if not arm.trained:
             return {}
-        return {arm.source: self._trained(arm.source)[0].weights_hash}
+        return {arm.source: NoduleGenerator.from_pretrained(getattr(self, arm.source)).weights_hash}
 
-    def generator(self, arm: Arm, train: FilmSet) -> tuple[Any, LocationPrior]:
-        """Gives an arm's generator, and the prior of its masks.
-
-        Args:
-            arm: one that adds nodules.
-            train: films of the train split, for controls that show or copy them.
-
-        Raises:
-            RunError: what the arm needs was not given.
-        """
-        if (missing := self.lacking(arm)) is not None:
-            raise RunError(f"{missing} must be given for this arm (--{missing.replace('_', '-')}), got None")
-        nodule = train.findings[:, NODULE] > 0
-        normal, bundled = train.images[~nodule], LocationPrior.bundled()
-        if arm.source in ("without", "full"):
-            generator, prior = self._trained(arm.source)
-            return generator, uniform_prior(prior) if arm.anywhere else prior
-        if arm.source == "duplicates":
-            return DuplicatedFilms(normal, train.images[nodule]), bundled
-        if arm.source == "drawn":
-            return DrawnNodules(normal), bundled
+    def generator(self, arm: Arm, train: ImageSet) -> tuple[Any, Any]:
+        """Return an arm's generator and the prior of its nodules; controls show and copy images of the train split."""
+        self.check(arm)
+        size, bundled = train.images.shape[-1], LocationPrior.bundled()
+        if arm.trained:
+            folder = getattr(self, arm.source)
+            prior = LocationPrior.load(prior_file(folder))
+            return NoduleGenerator.from_pretrained(folder), uniform_prior(prior) if arm.anywhere else prior
+        if arm.source == "drawn-blob":
+            return DrawnNodules(size), bundled
         if arm.source == "ct" and self.ct_nodules is not None:
-            return SuperimposedNodules(normal, CTNodules(self.ct_nodules)), bundled
-        boxed = [i for i, boxes in enumerate(train.prior.boxes) if len(boxes)]
-        if not boxed:
-            raise RunError("data must have nodule boxes in the train split for DS6, got none")
-        rows = torch.tensor([i for i in boxed for _ in train.prior.boxes[i]])
-        boxes = torch.cat([train.prior.boxes[i] for i in boxed]) * train.images.shape[-1]
+            return SuperimposedNodules(CTNodules(self.ct_nodules), size), bundled
+        if arm.source != "copied":  # an arm that adds nothing never asks its generator
+            return DuplicatedImages(train.images[train.normal], train.images[train.nodule]), bundled
+        rows, boxes = train.each_box()
         try:
-            return CopiedNodules(normal, train.images[rows], boxes), bundled
+            return CopiedNodules(train.images[rows], boxes * size), bundled
         except ValueError as error:
-            raise RunError(f"data must have nodule boxes that can be copied for DS6: {error}") from error
-
-    def _trained(self, which: str) -> tuple[Any, LocationPrior]:
-        folder = self.without if which == "without" else self.full
-        if folder is None:
-            raise RunError(f"{which} must be given for this arm (--{which}), got None")
-        beside = Path(folder) / "prior.safetensors"
-        return load_model(folder), LocationPrior.load(beside) if beside.exists() else LocationPrior.bundled()
+            raise RunError(f"data must have nodule boxes that can be copied for {arm.name}: {error}") from error
 
 
-def real_films(arm: Arm, train: FilmSet, normals: int, *, seed: int) -> FilmSet:
-    """Gives an arm's real films: all, or the nodule films and so many normal ones, which the seed draws."""
+def real_images(arm: Arm, train: ImageSet, normal: int, *, seed: int) -> ImageSet:
+    """Return an arm's real images: all, or the nodule images and so many normal ones, which the seed draws."""
     if not arm.balanced:
         return train
-    nodule = train.findings[:, NODULE] > 0
-    normal = (~nodule).nonzero()[:, 0]
-    order = torch.randperm(len(normal), generator=torch.Generator().manual_seed(fold(seed, 11)))
-    return train.rows(torch.cat([nodule.nonzero()[:, 0], normal[order[:normals]].sort().values]))
+    order = torch.randperm(len(train.normal), generator=torch.Generator().manual_seed(fold(seed, 11)))
+    return train.rows(torch.cat([train.nodule, train.normal[order[:normal]].sort().values]))
 
 
-def arm_counts(name: str, normal: int, nodule: int) -> dict[str, int]:
-    """Gives an arm's films of a train split with so many normal and nodule ones.
-
-    Returns:
-        "real normal", "real nodule", "synthetic normal", "synthetic nodule".
-
-    Raises:
-        RunError: there are not so many normal films.
-    """
-    arm, share = parsed(name)
-    n = round(share * nodule)
-    real = normal if not arm.balanced else nodule if arm.synthetic else nodule + n
+def arm_counts(arm: Arm, normal: int, nodule: int) -> dict[str, int]:
+    """Return an arm's numbers of images by kind; raise RunError if the train split has too few normal ones."""
+    n = round(arm.share * nodule)
+    real = normal if not arm.balanced else nodule if arm.whole else nodule + n
     if real > normal:
-        raise RunError(f"data must have at least {real} normal films to train on for {name}, got {normal}")
-    return {
-        "real normal": real,
-        "real nodule": nodule,
-        "synthetic normal": n if arm.synthetic else 0,
-        "synthetic nodule": n,
-    }
+        raise RunError(f"data must have at least {real} normal images to train on for {arm.name}, got {normal}")
+    synthetic = n if arm.whole else 0
+    return {"real normal": real, "real nodule": nodule, "synthetic normal": synthetic, "synthetic nodule": n}
 
 
 def arm_batches(
-    name: str, train: FilmSet, sources: Sources, *, batch: int, seed: int, device: str = "cpu", bf16: bool = True
+    arm: Arm, train: ImageSet, sources: Sources, *, batch: int, seed: int, device: str = "cpu"
 ) -> tuple[Callable[[int], Iterator[tuple[Tensor, Tensor]]], Mapping[str, Any]]:
-    """Gives a function from the epoch to an arm's batches, and its counts of films.
+    """Return a function from the epoch to an arm's batches, and its counts (`SyntheticNoduleMix.class_counts`).
 
-    Args:
-        name: see `parsed`.
-        train: films of the train split.
-        sources: what arms may add.
-        batch: films a step; the rest of an epoch that does not fill one is left out.
-        seed: of the normal films, the order, and all that is synthetic.
-        device: where to generate.
-        bf16: generate in bfloat16.
-
-    Returns:
-        Batches of films (B, 1, S, S) uint8 and targets (B,) int64; and counts, as `SyntheticNoduleMix.class_counts` has
-        them.
-
-    Raises:
-        RunError: something that the arm needs is missing.
+    Batches are images (B, 1, S, S) uint8 and targets (B,) int64; what does not fill one is left out of an epoch.
     """
-    arm, _ = parsed(name)
-    nodule = sum(train.targets)
-    counts = arm_counts(name, len(train) - nodule, nodule)
-    films = real_films(arm, train, counts["real normal"], seed=seed)
+    counts = arm_counts(arm, len(train.normal), len(train.nodule))
+    images = real_images(arm, train, counts["real normal"], seed=seed)
+    generator, prior = sources.generator(arm, train)
+    added: dict[str, Any] = {"p": 0.0, "insertion": "whole"}
     if arm.source:
-        generator, prior = sources.generator(arm, train)
-    else:  # nothing is generated: any generator will do
-        generator, prior = DuplicatedFilms(films.images, films.images), LocationPrior.bundled()
-    added = {"Nodule": counts["synthetic nodule"], "No Finding": counts["synthetic normal"]}
-    mix = SyntheticNoduleMix(
-        generator,
-        prior,
-        p=None if arm.source else 0.0,
-        n_synthetic=added if arm.source else None,
-        insertion=arm.insertion if arm.source else "whole",
-        placement="prior" if arm.anywhere else "host",
-        seed=seed,
-        device=None if device == "cpu" else device,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-    )
-    loader = mix.loader(films, batch_size=batch, shuffle=True, drop_last=True)
+        synthetic = {"Nodule": counts["synthetic nodule"], "No Finding": counts["synthetic normal"]}
+        added = {"p": None, "n_synthetic": synthetic, "insertion": arm.insertion}
+    placement = "prior" if arm.anywhere else "lungs"
+    added |= {"device": None if device == "cpu" else device, "dtype": "auto"}
+    mix = SyntheticNoduleMix(generator, prior, placement=placement, seed=seed, **added)
+    loader = mix.loader(images, batch_size=batch, shuffle=True, drop_last=True)
 
-    def epoch_of(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader.set_epoch(epoch)
         return iter(loader)
 
-    return epoch_of, mix.class_counts(films)
+    return epoch_batches, mix.class_counts(images)

@@ -1,0 +1,13 @@
+"""Findings in chest X-rays by name, in their published orders: that of ChestX-ray14, once, and torchxrayvision's."""
+
+FINDINGS: tuple[str, ...] = tuple(
+    "Atelectasis|Cardiomegaly|Effusion|Infiltration|Mass|Nodule|Pneumonia|Pneumothorax|"
+    "Consolidation|Edema|Emphysema|Fibrosis|Pleural_Thickening|Hernia".split("|")
+)
+"""The 14 findings in their official order, which is that of the label vector (torchxrayvision sorts them by name)."""
+
+TORCHXRAYVISION18: tuple[str, ...] = tuple(
+    "Atelectasis|Consolidation|Infiltration|Pneumothorax|Edema|Emphysema|Fibrosis|Effusion|Pneumonia|Pleural_Thickening|"
+    "Cardiomegaly|Nodule|Mass|Hernia|Lung Lesion|Fracture|Lung Opacity|Enlarged Cardiomediastinum".split("|")
+)
+"""torchxrayvision's `datasets.default_pathologies`."""
