@@ -34,7 +34,7 @@ mix = SyntheticNoduleMix.from_pretrained(args.weights)
 if args.data:
     written = export(mix, folder, n=args.n, backgrounds=args.data, size=args.size)
 else:
-    written = export(mix, folder, n=args.n, normal=args.n, size=args.size)
+    written = export(mix, folder, n=args.n, negatives=args.n, size=args.size)
 print(f"wrote {written['images']} images with {written['nodules']} nodules to {folder}")
 
 # Read them as any folder in ChestX-ray14's layout, beside the real images.

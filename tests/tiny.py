@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from carim_aug import LocationPrior, SyntheticNoduleMix, WholeImageGenerator
+from carim_aug import LabelPolicy, LocationPrior, SyntheticNoduleMix, WholeImageGenerator
+from carim_aug.ops.findings import FINDINGS, TORCHXRAYVISION18
 
 torch.set_num_threads(1)  # tensors here are so small that more threads only wait for each other
 
@@ -27,7 +28,13 @@ def prior() -> LocationPrior:
 
 
 def make_mix(**options) -> SyntheticNoduleMix:
-    return SyntheticNoduleMix(generator(), prior(), **options)
+    """A mix that does not look for lungs: most images here are stand-ins without."""
+    return SyntheticNoduleMix(generator(), prior(), **{"placement": "prior", **options})
+
+
+def named(columns: int | None) -> LabelPolicy:
+    """The names of labels of so many columns: what has several must be named."""
+    return LabelPolicy(classes={2: ("No Finding", "Nodule"), 14: FINDINGS, 18: TORCHXRAYVISION18}.get(columns))
 
 
 class Images(Dataset):
@@ -52,6 +59,8 @@ class Images(Dataset):
 
 class Records(Images):
     """The same as torchxrayvision has it: dicts of numpy arrays in [-1024, 1024], 18 labels, some NaN."""
+
+    pathologies = list(TORCHXRAYVISION18)
 
     def __getitem__(self, i):
         image, label = super().__getitem__(i)

@@ -1,10 +1,12 @@
 """Image files as grey 8-bit tensors, CSV tables as rows of named columns; each error names the file."""
 
 import csv
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +62,22 @@ def read_size(path: str | Path) -> tuple[int, int]:
         return file.height, file.width
 
 
+def images_below(folder: str | Path) -> list[str]:
+    """Return the paths of all images in a folder, at any depth, sorted; hidden files and folders are left out."""
+    found = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        shown = (name for name in files if name[0] != "." and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        found += [os.path.join(where, name) for name in shown]
+    return sorted(found)
+
+
+def read_header(path: str | Path) -> list[str]:
+    """Read the names of a CSV's columns; DataError as for `read_rows`."""
+    with _open_table(path) as (_, names):
+        return names
+
+
 def read_rows(
     path: str | Path, columns: Sequence[str], *, aliases: Mapping[str, str] | None = None
 ) -> Iterator[tuple[int, dict[str, str]]]:
@@ -69,21 +87,27 @@ def read_rows(
     header must hold `columns`, some of which may have `aliases` in the file; further ones are passed on. DataError if
     the file is missing or unreadable, a column is missing, or a row is too short.
     """
+    with _open_table(path) as (reader, names):
+        header = [(aliases or {}).get(name, name) for name in names]
+        if missing := [name for name in columns if name not in header]:
+            found = ", ".join(map(repr, names)) or "none"
+            raise DataError(f"{path}: no column {missing[0]!r}; columns found: {found}")
+        needed = max(header.index(name) for name in columns)
+        for row in reader:
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) <= needed:
+                raise DataError(f"{path}, line {reader.line_num}: {len(row)} cells, needs {needed + 1}: {row}")
+            yield reader.line_num, dict(zip(header, (cell.strip() for cell in row), strict=False))
+
+
+@contextmanager
+def _open_table(path: str | Path) -> Iterator[tuple[Any, list[str]]]:
+    """Yield a CSV's reader, after its header, and the names in that; DataError for what is wrong while it is read."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
-            names = [name.strip() for name in next(reader, [])]
-            header = [(aliases or {}).get(name, name) for name in names]
-            if missing := [name for name in columns if name not in header]:
-                found = ", ".join(map(repr, names)) or "none"
-                raise DataError(f"{path}: no column {missing[0]!r}; columns found: {found}")
-            needed = max(header.index(name) for name in columns)
-            for row in reader:
-                if not any(cell.strip() for cell in row):
-                    continue
-                if len(row) <= needed:
-                    raise DataError(f"{path}, line {reader.line_num}: {len(row)} cells, needs {needed + 1}: {row}")
-                yield reader.line_num, dict(zip(header, (cell.strip() for cell in row), strict=False))
+            yield reader, [name.strip() for name in next(reader, [])]
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -101,10 +125,13 @@ def number(path: str | Path, line: int, column: str, text: str) -> float:
     return value
 
 
-def clip_box(path: str | Path, line: int, box: Box, size: tuple[float, float], slack: float) -> Box:
+def clip_box(
+    path: str | Path, line: int, box: Box, size: tuple[float, float], slack: float, *, remedy: str = ""
+) -> Box:
     """Clip a table's box XYXY to its image (width, height): rounding errors are cut off, worse is refused.
 
-    DataError names table and line where the box is inverted, empty, or overhangs by more than `slack`.
+    DataError names table and line where the box is inverted, empty, or overhangs by more than `slack`; it ends with the
+    remedy, if there is one.
     """
     x1, y1, x2, y2 = box
     width, height = size
@@ -113,5 +140,6 @@ def clip_box(path: str | Path, line: int, box: Box, size: tuple[float, float], s
     overhangs = min(x1, y1) < -slack or x2 > width + slack or y2 > height + slack
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     if overhangs or not (x1 < x2 and y1 < y2):
-        raise DataError(f"{path}, line {line}: box must lie in the image of {width:g} x {height:g} px, got {box}")
+        got = f"{width:g} x {height:g} px, got {box}" + (f": {remedy}" if remedy else "")
+        raise DataError(f"{path}, line {line}: box must lie in the image of {got}")
     return x1, y1, x2, y2

@@ -12,6 +12,8 @@ from carim_aug.data.items import Items, check_choice, detection_target, targets_
 from carim_aug.ops.findings import FINDINGS
 
 _NODULE = FINDINGS.index("Nodule")
+CLASSES = {"integer": ("No Finding", "Nodule"), "multilabel": FINDINGS, "detection": ("__background__", "Nodule")}
+"""What the columns or numbers of each kind of target mean."""
 
 
 def phantom_chest(size: int = 256, *, nodule_box: Sequence[float] | Tensor | None = None, seed: int = 0) -> Tensor:
@@ -63,6 +65,7 @@ class PhantomChest(Items):
         self.labels = np.zeros((n, len(FINDINGS)), np.float32)
         self.labels[chosen, _NODULE] = 1
         self.targets = targets_of(self.labels, target)
+        self.classes = CLASSES[target]
 
     def _image(self, i: int) -> tv_tensors.Image:
         box = next(iter(self.boxes(i)), None)

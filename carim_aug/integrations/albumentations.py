@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from carim_aug.location.placement import PLACEMENTS, TRIES, candidates, find_areas
+from carim_aug.location.placement import PLACEMENTS, TRIES, candidates
 from carim_aug.ops.boxes import boxes_to_masks
 from carim_aug.ops.value_range import RangeError, ValueRange
 from carim_aug.transforms.amounts import Amount
@@ -126,7 +126,12 @@ class GraftNodule(A.DualTransform):
         key, planner, image = self._key(data), self._planner(), _as_tensor(data["image"])
         first = planner.regenerate(key, NODULE, 0) if self._forced else planner.decide(key, 0, eligible=True)
         if first.synthetic:
-            (area,) = find_areas(image, self._applier.settings.graft.placement, self._mix.prior.field)
+            (area,) = self._applier.areas(list(image), self._mix.prior.field)
+            if isinstance(area, str):
+                self._applier.settings.graft.left_real.count(area)
+                return {"key": None}
+            if data.get("bboxes") is not None and len(data["bboxes"]):
+                area = replace(area, taken=np.asarray(data["bboxes"])[:, :4].astype(np.float64))
             processor = None if data.get("bboxes") is None else self.get_processor("bboxes")
             size = dict(zip(("height", "width"), data["image"].shape, strict=False))
             for decision in islice(candidates(partial(planner.redraw, first), area), TRIES):

@@ -3,6 +3,7 @@
 data = MixDataset(xrv.datasets.NIH_Dataset(imgpath), SyntheticNoduleMix.from_pretrained(p=0.3))
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -64,8 +65,9 @@ class MixDataset(xrv.datasets.Dataset):
         ungated = replace(settings, graft=replace(settings.graft, gates=None))
         self._appliers = [Applier(each, applier.source, applier.device) for each in (settings, ungated)]
         self._enabled = self._mixed.synthetic_enabled
-        decisions = [planned.decision(i, planned.eligible(row)) for i, row in enumerate(dataset.labels)]
-        decisions += [planned.decision(i, False) for i in range(len(decisions), len(planned))]
+        start = planned.settings.seed, planned.epoch
+        decisions = [planned.decide((*start, i), planned.eligible(row)) for i, row in enumerate(dataset.labels)]
+        decisions += [planned.decide((*start, i), False) for i in range(len(decisions), len(planned))]
         self._classes = np.array([decision.class_name for decision in decisions], dtype=object)
         self._backgrounds = np.array([decision.background for decision in decisions], dtype=np.int64)
         self.pathologies = list(dataset.pathologies)
@@ -85,7 +87,7 @@ class MixDataset(xrv.datasets.Dataset):
     def __getitem__(self, idx: int) -> dict[str, Any]:
         # RuntimeError: the mix has been switched since the tables were made; ValueError: no room for a nodule that
         # `.labels` has. "idx" of the sample is its place here.
-        decision = self._decide(idx)
+        decision = self._decide(idx, self._planned.passes.enter)
         index, sample = decision.key[2], dict(self.dataset[decision.background])
         if decision.synthetic:
             decision, pixels = self._apply(sample, decision)
@@ -100,8 +102,8 @@ class MixDataset(xrv.datasets.Dataset):
         return sample
 
     def decision(self, idx: int) -> Decision:
-        """Return the decision for a sample in the current epoch, with its full key and boxes (loads the background)."""
-        decision = self._decide(idx)
+        """Return the decision for a sample as it was asked for last, or will be first, with its full key and boxes."""
+        decision = self._decide(idx, self._planned.passes.last)
         if not decision.synthetic:
             return decision
         with keep_random_states():  # looking must not move what the next sample's transforms draw from
@@ -111,8 +113,8 @@ class MixDataset(xrv.datasets.Dataset):
         """Set the epoch whose nodules are drawn, in all that the mix has wrapped; workers that are alive see it."""
         self._mixed.set_epoch(epoch)
 
-    def _decide(self, idx: int) -> Decision:
-        """Return the decision of the current epoch, before it is placed."""
+    def _decide(self, idx: int, epoch_of: Callable[[int], int]) -> Decision:
+        """Return the decision of an epoch, before it is placed."""
         index = int(idx) + len(self) if idx < 0 else int(idx)
         if not 0 <= index < len(self):
             raise IndexError(f"idx must be in [0, {len(self)}), got {idx}")
@@ -122,7 +124,7 @@ class MixDataset(xrv.datasets.Dataset):
                 f"{not self._enabled}: make another MixDataset, or take the data set inside it"
             )
         planner, name, background = self._planned.planner, self._classes[index], int(self._backgrounds[index])
-        key = (planner.seed, int(self._planned.epoch), index)
+        key = (planner.seed, epoch_of(index), index)
         if name is None:
             return planner.decide(key, background, eligible=False)
         return planner.regenerate(key, name, background)

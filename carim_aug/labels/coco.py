@@ -17,10 +17,10 @@ CORNERS = 24
 def coco_names(dataset: Any) -> tuple[str, ...] | None:
     """Return names by category number of a data set with COCO's index (torchvision's CocoDetection), "" for gaps."""
     categories = getattr(getattr(dataset, "coco", None), "cats", None)
-    if not isinstance(categories, Mapping) or not categories or 0 in categories:
+    if not isinstance(categories, Mapping) or not categories:
         return None
-    numbered = {int(number): str(row["name"]) for number, row in categories.items()}
-    return (BACKGROUND, *(numbered.get(number, "") for number in range(1, max(numbered) + 1)))
+    numbered = {0: BACKGROUND} | {int(number): str(row["name"]) for number, row in categories.items()}
+    return tuple(numbered.get(number, "") for number in range(max(numbered) + 1))
 
 
 def is_annotation(label: Any) -> bool:

@@ -64,6 +64,11 @@ class DetectionTargets(LabelFormat):
     def change(self, labels: Any, changes: Sequence[Change]) -> Any:
         """Return targets after these changes."""
         by_row = {change.row: change for change in changes}
+        model = next((target for target in labels if isinstance(target, Mapping) and "boxes" in target), None)
+        if model is not None:
+            empty = (i for i in by_row if has_no_boxes(labels[i]))
+            filled = {i: _like_empty(model, labels[i]) for i in empty}
+            labels = type(labels)([filled.get(i, old) for i, old in enumerate(labels)]) if filled else labels
         each = [self.change_one(old, by_row[i]) if i in by_row else old for i, old in enumerate(labels)]
         return type(labels)(each) if by_row else labels
 
@@ -74,21 +79,29 @@ class DetectionTargets(LabelFormat):
 
 
 def is_target(label: Any) -> bool:
-    """Return whether this is one image's detection target."""
+    """Return whether this is one image's detection target; one without boxes may have image fields alone, or none."""
     if isinstance(label, Mapping):
-        return any(name in label for name in ("boxes", "annotations", "labels"))
+        return any(name in label for name in ("boxes", "annotations", "labels")) or set(label) <= PER_IMAGE
     return annotations_of(label) is not None
 
 
 def is_targets(labels: Any) -> bool:
-    """Return whether this is a batch of detection targets, one an image."""
-    if not isinstance(labels, tuple | list) or not labels:
+    """Return whether this is a batch of detection targets, one an image; all None could be anything."""
+    if not isinstance(labels, tuple | list) or not any(label is not None for label in labels):
         return False
-    return all(is_target(label) for label in labels) and not any(is_annotation(label) for label in labels)
+    known = [label for label in labels if label is not None]
+    return all(is_target(label) for label in known) and not any(is_annotation(label) for label in known)
+
+
+def has_no_boxes(target: Any) -> bool:
+    """Return whether a target is None, or has fields of its image alone, as torchvision's have it without boxes."""
+    return target is None or (isinstance(target, Mapping) and set(target) <= PER_IMAGE)
 
 
 def instances(target: Any) -> tuple[Tensor, list[int]]:
     """Return boxes (k, 4) float32 XYXY in pixels, on the CPU, and the k label numbers; LabelError where none fit."""
+    if has_no_boxes(target):
+        return torch.zeros(0, 4), []
     rows = annotations_of(target)
     if rows is not None:
         if missing := [name for row in rows for name in ("bbox", "category_id") if name not in row]:
@@ -151,6 +164,9 @@ def add_nodules(
     the nodule class, `fill` as in the module's docstring.
     """
     rules = fill or {}
+    if has_no_boxes(target):
+        none = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format=CORNERS, canvas_size=size)  # type: ignore[call-overload]
+        target = {**(target or {}), "boxes": none, "labels": torch.zeros(0, dtype=torch.int64)}
     if annotations_of(target) is not None:
         return add_annotations(target, boxes, label, replace=replace, fill=rules)
     known = len(instances(target)[0])
@@ -173,8 +189,15 @@ def add_nodules(
     return changed
 
 
+def _like_empty(model: Any, target: Any) -> Any:
+    """Return a target without boxes with the fields of instances that another has, empty."""
+    known = len(instances(model)[0])
+    fields = {name: value for name, value in model.items() if _of_instances(name, value, known, {})}
+    return {**(target or {}), **{name: _drop_instances(value, known) for name, value in fields.items()}}
+
+
 def _targets(labels: Any) -> Any:
-    if not is_targets(labels):
+    if not is_targets(labels) and not (isinstance(labels, tuple | list) and labels and not any(labels)):
         rule = "a list or tuple of detection targets, one an image"
         remedy = "pass collate_fn=lambda batch: tuple(zip(*batch))"
         raise LabelError(f"labels must be {rule}, got {type(labels).__name__}: {remedy}")

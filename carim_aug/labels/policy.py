@@ -9,15 +9,12 @@ import numpy as np
 
 from carim_aug.labels.base import KINDS, OTHER, UNKNOWN, Change, LabelError
 from carim_aug.labels.coco import BACKGROUND
-from carim_aug.labels.detection import DetectionTargets, is_target, is_targets
+from carim_aug.labels.detection import DetectionTargets, instances, is_target, is_targets
 from carim_aug.labels.vector import IntegerLabels, MultiLabels, OneHotLabels, as_array, describe, sums_to_one
-from carim_aug.ops.findings import FINDINGS, TORCHXRAYVISION18
+from carim_aug.ops.findings import NORMAL_WORDS, plain
 
 FORMATS = dict(zip(KINDS, (IntegerLabels, OneHotLabels, MultiLabels, DetectionTargets), strict=True))
 """The class of each kind: a new kind of labels is one class more (`carim_aug.labels.base.LabelFormat`)."""
-
-NORMAL_WORDS = ("no finding", "normal", "healthy")
-"""Words for an image without a finding, in lower case and with blanks."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,9 @@ class LabelPolicy:
             finding: 0 to 1, NaN = not annotated), "detection" (targets with boxes) or "auto": targets are "detection",
             integers without columns "integer", rows of two that sum to 1 "onehot", all else "multilabel". One-hot
             labels of more than two classes need kind="onehot".
-        classes: names in the order of the indices or columns. By default ("No Finding", "Nodule") for integer and
-            one-hot, and for multi-label the 14 of ChestX-ray14, the 18 of torchxrayvision, or ("Nodule",) for a single
-            column, which may also be a plain float per item. Detection counts from the background, 0: by default
+        classes: names in the order of the indices or columns. By default ("No Finding", "Nodule") for integers and for
+            kind="onehot", and ("Nodule",) for a single column, which may also be a plain float per item; other columns
+            must be named, here or by the data set. Detection counts from the background, 0: by default
             ("__background__", "Nodule").
         nodule: which class the nodules are; case and underscores do not matter.
         normal: which class images without a finding are; "normal" and "healthy" will do for "No Finding". Multi-label
@@ -60,8 +57,10 @@ class LabelPolicy:
         if not is_names or not all(isinstance(name, str) for name in self.classes):
             raise LabelError(f"classes must be a sequence of names, got {self.classes!r}")
         object.__setattr__(self, "classes", tuple(self.classes))
-        if len({_plain(name) for name in self.classes if name}) < sum(bool(name) for name in self.classes):
-            raise LabelError(f"classes must be different names, got {self.classes}")
+        if len({plain(name) for name in self.classes if name}) < sum(bool(name) for name in self.classes):
+            raise LabelError(
+                f"classes must be different names, got {self.classes}: pass labels=LabelPolicy(classes=...)"
+            )
         nodule, normal = _find(self.nodule, self.classes), _find(self.normal, self.classes)
         if nodule is None:
             remedy = "pass labels=LabelPolicy(nodule=...), or classes=(...) if these are not the labels' classes"
@@ -87,6 +86,11 @@ class LabelPolicy:
             return self
         if self.kind == "detection" or (self.kind == "auto" and (is_target(label) or is_targets(label))):
             return replace(self, kind="detection", classes=self.classes or (BACKGROUND, self.nodule))
+        if label is None or (isinstance(label, tuple | list) and label and not any(x is not None for x in label)):
+            rule = "numbers, arrays or tensors, or targets with boxes"
+            raise LabelError(
+                f"labels must be {rule}, got None: if it has no boxes, pass labels=LabelPolicy('detection')"
+            )
         array = as_array(label)
         if array.ndim > 2 or (batch is False and array.ndim == 2):
             wanted = {True: "(B,) or (B, C)", False: "a number or (C,)", None: "a number, (B,), (C,) or (B, C)"}[batch]
@@ -97,18 +101,29 @@ class LabelPolicy:
         columns = array.shape[-1] if array.ndim - batch == 1 else None
         kind, classes = self.kind, self.classes
         if kind == "auto":
-            two_classes = columns == 2 and (classes is None or self.normal in classes) and sums_to_one(array).all()
+            two_classes = columns == 2 and classes and self.normal in classes and sums_to_one(array).all()
             kind = "integer" if columns is None and integer else "onehot" if two_classes else "multilabel"
+        if classes and len(classes) > 1 and kind == "multilabel" and columns is None:
+            # One float a sample: the chance of the second of two classes.
+            if len(classes) > 2 or classes[1] != self.nodule:
+                rule = f"be integers, or 1.0 for a nodule, where the classes are {list(classes)}"
+                remedy = f"return int(label), or pass labels=LabelPolicy(classes=({self.nodule!r},)) if 1.0 is a nodule"
+                raise LabelError(f"labels must {rule}, got {describe(label)}: {remedy}")
+            classes = (self.nodule,)
         if classes is None:
             by_kind: dict[str, dict[int | None, tuple[str, ...]]] = {
                 "integer": {columns: (self.normal, self.nodule)},
                 "onehot": {2: (self.normal, self.nodule)},
-                "multilabel": {None: (self.nodule,), 1: (self.nodule,), 14: FINDINGS, 18: TORCHXRAYVISION18},
+                "multilabel": {None: (self.nodule,), 1: (self.nodule,)},
             }
             usual = by_kind[kind]
             if columns not in usual:
                 rule = f"have columns whose names are known (kind={kind!r})"
-                remedy = f"pass labels=LabelPolicy(kind={kind!r}, classes=(...))"
+                remedy = f"pass labels=LabelPolicy({kind!r}, classes=(...))"
+                if columns in (14, 18):
+                    remedy += (
+                        ", carim_aug.data.FINDINGS in ChestX-ray14's order, dataset.pathologies in torchxrayvision's"
+                    )
                 raise LabelError(f"labels must {rule}, got {describe(label)}: {remedy}")
             classes = usual[columns]
         return replace(self, kind=kind, classes=classes)
@@ -159,6 +174,10 @@ class LabelPolicy:
         """Return the class of every label of a batch."""
         return self.resolve(labels, batch=True).format.classes_of(labels)
 
+    def boxes_of(self, labels: Any) -> list[Any] | None:
+        """Return the boxes of a batch's targets, each (k, 4) float32 XYXY in pixels; None for labels without boxes."""
+        return [instances(target)[0] for target in labels] if self.kind == "detection" else None
+
     def synthetic(self, label: Any, class_name: str) -> Any:
         """Return the label, or batch of labels, of wholly generated images of the nodule or the normal class.
 
@@ -188,14 +207,9 @@ class LabelPolicy:
         return policy
 
 
-def _plain(name: str) -> str:
-    """Return a name in lower case, with blanks for underscores."""
-    return name.replace("_", " ").strip().lower()
-
-
 def _find(name: str, names: Sequence[str]) -> str | None:
     """Return the one of `names` that is meant by `name`, or None."""
     if name in names:
         return name
-    wanted = NORMAL_WORDS if _plain(name) in NORMAL_WORDS else (_plain(name),)
-    return next((known for known in names if _plain(known) in wanted), None)
+    wanted = NORMAL_WORDS if plain(name) in NORMAL_WORDS else (plain(name),)
+    return next((known for known in names if plain(known) in wanted), None)

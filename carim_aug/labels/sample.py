@@ -169,7 +169,10 @@ class GetterLayout:
         try:
             wanted = self.labels_getter(sample)
         except (LookupError, TypeError, AttributeError) as error:
-            raise LayoutError(f"labels_getter must find the label of {_what(sample)}, got {error!r}") from error
+            remedy = "it is called with a sample or a batch, and must return an entry of it"
+            raise LayoutError(
+                f"labels_getter must find the label of {_what(sample)}, got {error!r}: {remedy}"
+            ) from error
         found = [path for path, entry in _entries(sample) if entry is wanted]
         if len(found) > 1 or isinstance(wanted, int | float | np.generic):
             # Equal numbers may be one object: the label is the one whose place the function looks at.
@@ -217,7 +220,7 @@ def check_images(images: Any, batch: bool, name: str = "images") -> None:
     """Raise ImageError, which calls the images by name, unless they can be mixed.
 
     They are a tensor or array (B, C, H, W), or a list or tuple of B (C, H, W), if batch, else (C, H, W); C is 1 or 3, H
-    and W at least 16, the dtype uint8, float16, bfloat16, float32 or float64.
+    and W at least 16, the dtype uint8, uint16, float16, bfloat16, float32 or float64.
     """
     if batch and isinstance(images, tuple | list) and images:
         for i, image in enumerate(images):
@@ -237,8 +240,8 @@ def check_images(images: Any, batch: bool, name: str = "images") -> None:
         raise ImageError(f"{name} must be {wanted} with 1 or 3 channels, got {shape}{last}")
     if min(shape[-2:]) < MIN_SIZE:
         raise ImageError(f"{name} must be at least {MIN_SIZE} pixels high and wide, got {shape}")
-    if dtype not in ("uint8", "float16", "bfloat16", "float32", "float64"):
-        raise ImageError(f"{name} must be uint8 or floating point, got {dtype}")
+    if dtype not in ("uint8", "uint16", "float16", "bfloat16", "float32", "float64"):
+        raise ImageError(f"{name} must be uint8, uint16 or floating point, got {dtype}: convert them, image.float()")
 
 
 def plain_images(images: Any) -> Any:
@@ -287,7 +290,8 @@ def _is_image(entry: Any) -> bool:
 def _is_label(entry: Any) -> bool:
     if isinstance(entry, torch.Tensor | np.ndarray):
         return entry.ndim <= 2 and not isinstance(entry, tv_tensors.TVTensor)
-    return is_target(entry) or is_targets(entry) or isinstance(entry, int | float | np.number | np.bool_)
+    numbers = int | float | np.number | np.bool_
+    return entry is None or is_target(entry) or is_targets(entry) or isinstance(entry, numbers)
 
 
 def _check_label(label: Any, where: str, advice: str) -> None:
@@ -311,6 +315,8 @@ def _like(image: Any, old: Any) -> Any:
         image = torch.from_numpy(image)
     if isinstance(old, tv_tensors.TVTensor):
         return tv_tensors.wrap(image, like=old)
+    if type(old) not in (torch.Tensor, torch.nn.Parameter):  # MONAI's MetaTensor, and what else knows of itself
+        return old.clone().copy_(image)
     return image.as_subclass(torch.Tensor) if isinstance(image, tv_tensors.TVTensor) else image
 
 

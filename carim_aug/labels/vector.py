@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from carim_aug.labels.base import OTHER, UNKNOWN, Change, LabelError, LabelFormat
+from carim_aug.ops.findings import NORMAL_WORDS, plain
 
 POSITIVE = 0.5
 ROW_SUM = 1e-2
@@ -82,7 +83,8 @@ class OneHotLabels(VectorLabels):
         array = batch_of(labels, batch)
         check_columns(array, len(self.classes), batch, "onehot", labels)
         if (wrong := array[~((array >= 0) & (array <= 1))]).size:
-            raise LabelError(f"labels must be from 0 to 1 (kind='onehot'), got {wrong.flat[0]}")
+            remedy = "leave such samples out, or return rows that sum to 1"
+            raise LabelError(f"labels must be from 0 to 1 (kind='onehot'), got {wrong.flat[0]}: {remedy}")
         if (wrong := array[~sums_to_one(array)]).size:
             got = wrong.reshape(-1, len(self.classes))[0]
             raise LabelError(f"labels must be rows that sum to 1 (kind='onehot'), got {got}")
@@ -103,8 +105,14 @@ class MultiLabels(VectorLabels):
 
     The class of a row: the nodule class if its entry is positive; else the normal class if it has a column and that is
     positive; else "unknown" if the nodule entry is NaN; else the normal class if nothing is positive (NaN is not) and
-    no column for it says otherwise; else "other".
+    no column for it says otherwise; else "other". Where several columns mean normal, such as "No Finding" and "No
+    Nodule", all of them change together.
     """
+
+    @property
+    def normal_numbers(self) -> list[int]:
+        """The columns that mean normal."""
+        return [i for i, name in enumerate(self.classes) if name == self.normal or plain(name) in NORMAL_WORDS]
 
     def check(self, labels: Any, *, batch: bool, sizes: Sequence[tuple[int, int]] | None = None) -> None:
         """Raise LabelError unless these are entries from 0 to 1, or NaN."""
@@ -112,7 +120,10 @@ class MultiLabels(VectorLabels):
         if len(self.classes) > 1 or array.ndim != batch:
             check_columns(array, len(self.classes), batch, "multilabel", labels)
         if (wrong := array[~((array >= 0) & (array <= 1) | np.isnan(array))]).size:
-            got = f"{wrong.flat[0]}{': uncertain findings are NaN here, not -1' if wrong.flat[0] == -1 else ''}"
+            remedy = (
+                "uncertain findings are NaN here, not -1" if wrong.flat[0] == -1 else "use integers for class numbers"
+            )
+            got = f"{wrong.flat[0]}: {remedy}"
             raise LabelError(f"labels must be from 0 to 1, or NaN for unknown (kind='multilabel'), got {got}")
 
     def classes_of(self, labels: Any) -> list[str]:
@@ -141,8 +152,8 @@ class MultiLabels(VectorLabels):
     def _set(self, labels: Any, class_name: str) -> Any:
         if len(self.classes) == 1:
             return fill(labels, int(class_name == self.nodule))
-        own = {self.nodule, self.normal} & set(self.classes)
-        columns = {self.classes.index(name): int(name == class_name) for name in own}
+        columns = dict.fromkeys(self.normal_numbers, int(class_name == self.normal))
+        columns[self.nodule_number] = int(class_name == self.nodule)
         return set_columns(labels, columns, len(self.classes))
 
 

@@ -8,9 +8,10 @@ of the user's own, a draw outside is never kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,8 +44,15 @@ Drawn = TypeVar("Drawn", bound=Any)
 class Area:
     """Where an image's nodules may lie."""
 
-    inside: Tensor  # (64, 64) bool
+    inside: Tensor | None = None  # (64, 64) bool; None: anywhere that the prior says
     strict: bool = False  # whether no centre may lie elsewhere; else it is kept there with the chance `KEPT_OUTSIDE`
+    taken: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # (k, 4) XYXY as parts: no box touches them
+
+    def has_room(self, boxes: np.ndarray) -> bool:
+        """Return whether none of the boxes (n, 4), with the seam around it, touches one that is taken."""
+        seam = np.tile(0.06 * (boxes[:, 2:] - boxes[:, :2]), 2) * [-1, -1, 1, 1]
+        a, b = (boxes + seam)[:, None], self.taken[None]
+        return not bool(((a[..., :2] <= b[..., 2:]) & (b[..., :2] <= a[..., 2:])).all(axis=-1).any())
 
 
 def check_placement(placement: Placement) -> Placement:
@@ -57,12 +65,12 @@ def check_placement(placement: Placement) -> Placement:
 
 
 def find_areas(images: Sequence[Tensor] | Tensor, placement: Placement, field: Tensor) -> list[Area | None]:
-    """Return where nodules may lie in each background (C, H, W) of any range; None for anywhere that the prior says.
+    """Return where nodules may lie in each background (C, H, W) of any range; None where no lungs are found.
 
     The search is bounded by the field, (64, 64) bool, where lung can be.
     """
     if placement == "prior":
-        return [None] * len(images)
+        return [Area()] * len(images)
     if callable(placement):
         return [Area(_user_mask(placement, image), strict=True) for image in images]
     grey = [image.float().mean(dim=0, keepdim=True)[None] for image in images]
@@ -73,7 +81,7 @@ def find_areas(images: Sequence[Tensor] | Tensor, placement: Placement, field: T
     return [Area(own) if bool(own.any()) else None for own in lungs]
 
 
-def candidates(draw: Callable[[int], Drawn], area: Area | None) -> Iterator[Drawn]:
+def candidates(draw: Callable[[int], Drawn], area: Area) -> Iterator[Drawn]:
     """Yield the draws of a decision that suit the area of their image: first its own, then those of its tries.
 
     `draw` takes the number of a try, from 0, to a decision, whose key ends with the number if it is not 0.
@@ -81,17 +89,18 @@ def candidates(draw: Callable[[int], Drawn], area: Area | None) -> Iterator[Draw
     first = draw(0)
     for number in range(TRIES_INSIDE):
         drawn = draw(number) if number else first
-        if area is None or not len(drawn.boxes):
-            yield drawn
+        if area.inside is None or not len(drawn.boxes):
+            if area.has_room(drawn.boxes):
+                yield drawn
             continue
         centres = torch.from_numpy((drawn.boxes[:, :2] + drawn.boxes[:, 2:]) / 2 * FIELD_SIZE).long()
         column, row = centres.clamp(0, FIELD_SIZE - 1).T
         inside = area.inside[row, column].float()
         # The mean over an image's boxes, so that images with several nodules are not drawn again more often.
         chance = float(inside.min() if area.strict else (inside + KEPT_OUTSIDE * (1 - inside)).mean())
-        if stream(*drawn.key, 0).random() < chance:
+        if stream(*drawn.key, 0).random() < chance and area.has_room(drawn.boxes):
             yield drawn
-        elif number == TRIES - 1 and not area.strict:
+        elif number == TRIES - 1 and not area.strict and area.has_room(first.boxes):
             yield first
 
 

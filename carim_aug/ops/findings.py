@@ -11,3 +11,11 @@ TORCHXRAYVISION18: tuple[str, ...] = tuple(
     "Cardiomegaly|Nodule|Mass|Hernia|Lung Lesion|Fracture|Lung Opacity|Enlarged Cardiomediastinum".split("|")
 )
 """torchxrayvision's `datasets.default_pathologies`."""
+
+NORMAL_WORDS = ("no finding", "no findings", "nofinding", "no nodule", "no nodules", "normal", "healthy", "negative")
+"""Words for an image without a finding, as `plain` spells them."""
+
+
+def plain(name: str) -> str:
+    """Return a name in lower case, with single blanks for blanks, underscores and hyphens."""
+    return " ".join(name.replace("_", " ").replace("-", " ").lower().split())

@@ -4,6 +4,7 @@ With s an image in [-1, 1], every range is ``scale * s + offset`` with one scale
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ TOLERANCE = 0.15
 """Share of the span by which images may leave their range: v2's bicubic resize overshoots up to 0.135 at a corner."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32)
+NARROW = 0.1
+"""Share of its range below which an image's values are surely those of another range, such as 12 bits in 16."""
 
 
 class RangeError(ValueError):
@@ -32,6 +35,7 @@ class Normalization:
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NAMED: dict[str, tuple[float, ...]] = {"auto": (), "uint8": (0.0, 255.0), "unit": (0.0, 1.0)}
+NAMED |= {"uint16": (0.0, 65535.0)}
 NAMED |= {"symmetric": (-1.0, 1.0), "xrv": (-1024.0, 1024.0)}
 
 
@@ -40,8 +44,8 @@ class ValueRange:
     """The values between which a user's images lie, one pair for all channels or one per channel.
 
     Make one with ``ValueRange.of``. Without ends it is "auto": what the dtype says, as in torchvision's v2 (uint8:
-    [0, 255]; floating point: [0, 1]). Every method raises RangeError where the channels do not fit the range or the
-    dtype cannot hold it.
+    [0, 255]; uint16: [0, 65535]; floating point: [0, 1]). Every method raises RangeError where the channels do not fit
+    the range or the dtype cannot hold it.
     """
 
     name: str = "auto"  # in errors
@@ -59,10 +63,10 @@ class ValueRange:
     def of(cls, spec: Any = "auto") -> "ValueRange":
         """Return the range that a user's words mean.
 
-        They are "auto" (by dtype), "uint8" [0, 255], "unit" [0, 1], "symmetric" [-1, 1], "xrv" [-1024, 1024]
-        (torchxrayvision), "imagenet" (ImageNet's mean and std taken from [0, 1]), a pair (low, high), a dict ``{"mean":
-        ..., "std": ...}``, anything with a mean and a std such as ``v2.Normalize`` or a ``Normalization``, or a
-        ``ValueRange``. All else is a RangeError.
+        They are "auto" (by dtype), "uint8" [0, 255], "uint16" [0, 65535], "unit" [0, 1], "symmetric" [-1, 1], "xrv"
+        [-1024, 1024] (torchxrayvision), "imagenet" (ImageNet's mean and std taken from [0, 1]), a pair (low, high), a
+        dict ``{"mean": ..., "std": ...}``, anything with a mean and a std such as ``v2.Normalize`` or a
+        ``Normalization``, or a ``ValueRange``. All else is a RangeError.
 
         >>> ValueRange.of({"mean": 0.5, "std": 0.25}).high
         (2.0,)
@@ -89,12 +93,12 @@ class ValueRange:
     def resolve(self, dtype: torch.dtype) -> "ValueRange":
         """Return the range with ends that images of this dtype have; raise RangeError where they can have none."""
         if dtype not in FLOATS + INTEGERS:
-            raise RangeError(f"images must be uint8, int8, int16, int32 or floating point, got {dtype}")
+            raise RangeError(f"images must be uint8, int8, uint16, int16, int32 or floating point, got {dtype}")
         if not self.low:
-            if dtype not in (torch.uint8, *FLOATS):
-                knows = "uint8 ([0, 255]) and floating point ([0, 1])"
+            if dtype not in (torch.uint8, torch.uint16, *FLOATS):
+                knows = "uint8 ([0, 255]), uint16 ([0, 65535]) and floating point ([0, 1])"
                 raise RangeError(f"value_range='auto' knows {knows}, got {dtype}: pass value_range=(low, high)")
-            return ValueRange.of("uint8" if dtype == torch.uint8 else "unit")
+            return ValueRange.of({torch.uint8: "uint8", torch.uint16: "uint16"}.get(dtype, "unit"))
         if dtype in INTEGERS:
             limits = torch.iinfo(dtype)
             for low, high in zip(self.low, self.high, strict=True):
@@ -109,7 +113,8 @@ class ValueRange:
         """Raise RangeError where images (..., C, H, W) leave the range by over ``TOLERANCE``, or are not finite.
 
         One pass over the images. Ends that differ between channels are taken together: lowest low to highest high. The
-        error calls the images by ``name``, says what was seen and which range would fit.
+        error calls the images by ``name``, says what was seen and which range would fit. Images that use less than
+        ``NARROW`` of their range are a warning.
         """
         resolved = self.resolve(images.dtype)
         if images.dim() >= 3:
@@ -117,7 +122,7 @@ class ValueRange:
         low, high = min(resolved.low), max(resolved.high)
         if images.numel() == 0 or (images.dtype == torch.uint8 and low <= 0 and high >= 255):
             return
-        smallest, largest = torch.stack(torch.aminmax(images.detach())).tolist()
+        smallest, largest = torch.stack(torch.aminmax(_wide(images.detach()))).tolist()
         if not (math.isfinite(smallest) and math.isfinite(largest)):
             raise RangeError(f"{name} must be finite, got values from {smallest} to {largest}")
         slack = TOLERANCE * (high - low)
@@ -126,6 +131,30 @@ class ValueRange:
             rule = f"lie in [{low:g}, {high:g}] (value_range={self._quote()}{here})"
             got = f"values from {smallest:g} to {largest:g}"
             raise RangeError(f"{name} must {rule}, got {got}: {_remedy(smallest, largest)}")
+        if images.dim() == 4:  # the narrowest image of a batch
+            each = _wide(images.detach()).flatten(1)
+            lows, highs = each.amin(1).double(), each.amax(1).double()
+            spreads = torch.where(highs > lows, highs - lows, math.inf)
+            i = int(spreads.argmin())
+            smallest, largest = float(lows[i]), float(highs[i])
+        if 0 < largest - smallest < NARROW * (high - low):
+            used = f"{name} use {(largest - smallest) / (high - low):.0%} of their range [{low:g}, {high:g}]"
+            top = next((2**bits - 1 for bits in (8, 10, 12, 14) if largest < 2**bits), None)
+            given = (0, top) if resolved.name == "uint16" and top else (f"{smallest:g}", f"{largest:g}")
+            remedy = f"pass value_range=({given[0]}, {given[1]}) if these are black and white"
+            warnings.warn(f"{used}, from {smallest:g} to {largest:g}: {remedy}", stacklevel=2)
+
+    def shares(self, images: Tensor) -> list[float]:
+        """Return the share of the range that each image (B, C, H, W) uses where it is below ``NARROW``, else 1.
+
+        A graft follows it: what is added to an image of a sixteenth of its range is a sixteenth as much.
+        """
+        low, high = self.bounds(images.shape[1], like=images)
+        if images.dtype == torch.uint8:
+            return [1.0] * len(images)
+        flat = _wide(images.detach()).flatten(1).double()
+        shares = (flat.amax(1) - flat.amin(1)) / float((high - low).max())
+        return [share if 0 < share < NARROW else 1.0 for share in shares.tolist()]
 
     def check_each(self, images: Tensor | Sequence[Tensor], name: str = "images") -> None:
         """Check one tensor, or each of several."""
@@ -191,6 +220,11 @@ class ValueRange:
         """Return the range as a user would write it."""
         ends = ", ".join(f"{end:g}" for end in (*self.low, *self.high))
         return f"({ends})" if self.name == "given" else f"'{self.name}'"
+
+
+def _wide(images: Tensor) -> Tensor:
+    """Return images in a dtype that torch can compare: it cannot with uint16."""
+    return images.int() if images.dtype == torch.uint16 else images
 
 
 def _from_normalization(name: str, mean: Any, std: Any) -> ValueRange:

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from carim_aug.data.chestxray14 import ChestXray14
 from carim_aug.data.chestxray14_tables import BOX_SIZE
-from carim_aug.data.io import IMAGE_SUFFIXES, DataError
+from carim_aug.location.placement import PLACEMENTS
 from carim_aug.location.prior import LocationPrior
 from carim_aug.ops.random import stream
 from carim_aug.tools.demo import run_demo
 from carim_aug.tools.export import COMPLETE, ExportError, export
-from carim_aug.tools.export_backgrounds import Background
+from carim_aug.tools.export_backgrounds import Background, describe_backgrounds, find_backgrounds
 from carim_aug.tools.fit_prior import fit_prior
 from carim_aug.tools.info import NOTICE, collect_facts, find_device, find_version, print_facts
 from carim_aug.tools.plots import contact_sheet, save_picture
+from carim_aug.transforms.gate import GateError, contrast_gate
 from carim_aug.transforms.mix import SyntheticNoduleMix
 from carim_aug.transforms.settings import INSERTIONS
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError, ExportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ExportError, GateError) as error:
         print(f"carim-aug: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -53,28 +52,39 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--prior", type=Path, metavar="FILE", help="in place of the prior beside the weights")
         return command.add_argument
 
+    def add_grafts(word: Any) -> None:
+        word(
+            "--data", type=Path, metavar="FOLDER", help="real backgrounds: ChestX-ray14's layout, or images in folders"
+        )
+        word("--normal", nargs="+", default=[], metavar="NAME", help="folders of normal images in --data; . for all")
+        word("--split", default="train", help="of --data, and of all that is exported: train (default) or val")
+        word("--placement", choices=PLACEMENTS, help="in each image's lungs (default), or anywhere that the prior says")
+        word("--strength", nargs="+", type=float, metavar="S", help="of nodules, or least and most of it (default: 1)")
+        word(
+            "--gate", nargs="?", const=0.02, type=float, metavar="LEAST", help="contrast of the faintest (alone: 0.02)"
+        )
+        word("--seed", type=int, default=0, help="of everything random (default: 0)")
+
     word = add("demo", _demo, "Train a small classifier on drawn phantoms with synthetic nodules grafted in.")
     word("--out", type=Path, default=Path("demo"), help="folder of the picture (default: demo)")
     word("--seed", type=int, default=0, help="of everything random (default: 0)")
     word("--batches", type=int, default=24, help="training batches of 32 (default: 24)")
 
     word = add("preview", _preview, "Draw a contact sheet: backgrounds, grafts with their boxes, whole images.")
-    word("--data", type=Path, help="real backgrounds: a folder in ChestX-ray14's layout (its normal images)")
-    word("--images", type=Path, help="real backgrounds: a folder of images")
+    add_grafts(word)
     word("--out", type=Path, default=Path("preview.png"), help="PNG file (default: preview.png)")
     word("--n", type=int, default=6, help="rows (default: 6)")
-    word("--seed", type=int, default=0, help="of noise, boxes and choice of backgrounds (default: 0)")
 
     word = add("export", _export, "Write a data set: PNG, COCO, ChestX-ray14, YOLO. Run again, it goes on.")
+    add_grafts(word)
     word("--out", type=Path, required=True, help="folder to write, or to go on with")
     word("--n", "--nodules", type=int, dest="n", help="images with nodules (default: one per background with --data)")
-    word("--normal", type=int, default=0, help="whole images without nodules (default: 0)")
-    word("--data", type=Path, help="graft into the normal images of this folder: ChestX-ray14's layout, or images")
+    word("--negatives", type=int, default=0, help="images without: real ones with --data, else whole ones (default: 0)")
+    held_out = "of --data's validation split, or of one in ten patients, written too"
+    word("--val", type=Path, metavar="FOLDER", help=f"data.yaml's: real images/ and labels/ (default: real {held_out})")
     word("--insertion", choices=INSERTIONS, help="default: graft with --data, else whole")
-    word("--split", default="train", help="of the backgrounds, and of all that is written: train or val")
     word("--size", type=int, help="width and height in pixels (default: the generator's, or the background's)")
     word("--bits", type=int, default=8, help="of a pixel: 8 or 16 (default: 8)")
-    word("--seed", type=int, default=0, help="of everything random (default: 0)")
 
     word = add("info", _info, "Print version, device and bfloat16, weights and prior.")
     word("--json", action="store_true", help="as JSON")
@@ -107,48 +117,71 @@ def _demo(options: argparse.Namespace) -> None:
     print(NOTICE)
 
 
+def _graft_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the mix's options of grafts that are given."""
+    given: dict[str, Any] = {"placement": options.placement}
+    if options.strength is not None:
+        given["strength"] = options.strength[0] if len(options.strength) == 1 else tuple(options.strength)
+    if options.gate is not None:
+        given["gate"] = contrast_gate(options.gate)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _find_backgrounds(options: argparse.Namespace) -> list[Background]:
+    """Return the backgrounds in --data, and say which they are; none without it."""
+    if options.data is None:
+        if options.normal:
+            remedy = "images without nodules are --negatives N"
+            raise ValueError(f"--normal must be names of folders in --data, got {' '.join(options.normal)}: {remedy}")
+        return []
+    found = find_backgrounds(options.data, options.split, options.normal)
+    print(f"Backgrounds: {describe_backgrounds(options.data, found)}")
+    return found
+
+
 def _preview(options: argparse.Namespace) -> None:
     _check_positive("--n", options.n)
-    if options.data is not None and options.images is not None:
-        raise ValueError(f"--data must be given without --images, got {options.data} and {options.images}")
-    mix, folder = _load_mix(options, seed=options.seed), options.data or options.images
-    real = None if folder is None else _read_some(folder, options)
+    mix = _load_mix(options, seed=options.seed, **_graft_options(options))
+    found, real = _find_backgrounds(options), None
+    if found:
+        chosen = stream(options.seed, 0, 0).permutation(len(found))[: options.n]
+        bar = tqdm(chosen.tolist(), desc="reading", unit="image")
+        real = torch.stack([found[i].read(PREVIEW_SIZE) for i in bar]) * 2 - 1
     save_picture(contact_sheet(mix, real, n=options.n, seed=options.seed), options.out)
     print(f"{options.out}: {options.n} rows, {'no' if real is None else len(real)} real images. {NOTICE}")
 
 
-def _read_some(folder: Path, options: argparse.Namespace) -> Tensor:
-    """Return up to n real images, (m, 1, PREVIEW_SIZE, PREVIEW_SIZE) float in [-1, 1]."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    if options.data is not None:
-        paths = ChestXray14(folder, findings=["No Finding"], missing="skip").paths
-    else:
-        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise DataError(f"{folder}: no image in this folder")
-    chosen = stream(options.seed, 0, 0).permutation(len(paths))[: options.n]
-    bar = tqdm(chosen.tolist(), desc="reading", unit="image")
-    return torch.stack([Background(Path(paths[i]), 0).read(PREVIEW_SIZE) for i in bar]) * 2 - 1
-
-
 def _export(options: argparse.Namespace) -> None:
-    wanted = options.insertion or ("whole" if options.data is None else "graft")
+    wanted, graft = options.insertion or ("whole" if options.data is None else "graft"), _graft_options(options)
     if (wanted == "graft") != (options.data is not None):
         raise ValueError(f"--insertion must be graft with --data and whole without, got {wanted}")
+    if graft and wanted == "whole":
+        raise ValueError(f"--{next(iter(graft))} must be given with --data, for grafts, got no --data")
+    _find_backgrounds(options)
     started = time.perf_counter()
-    settings = {name: getattr(options, name) for name in ("n", "normal", "size", "bits", "split")}
-    mix = _load_mix(options, seed=options.seed, insertion=wanted)
+    settings = {name: getattr(options, name) for name in ("n", "negatives", "normal", "val", "size", "bits", "split")}
+    mix = _load_mix(options, seed=options.seed, insertion=wanted, **graft)
     counts = export(mix, options.out, backgrounds=options.data, **settings)
     rate = counts["written"] / (time.perf_counter() - started)
     reader = "carim_aug.data.ChestXray14 reads them" if options.bits == 8 else "ChestX-ray14's tables"
+    refused = counts["real"] - options.negatives * (wanted == "graft")
+    left = f" ({refused} because no nodule passed)" if refused else ""
+    yolo = "labels/*.txt: YOLO" if options.split == "val" else "labels/*.txt, data.yaml: YOLO"
     print(f"""\
-{options.out}: {counts["images"]} synthetic images, {counts["nodules"]} nodules, split {options.split}
-  images/*.png          each with its key and weights' hash in it
-  annotations.json      COCO;  labels/*.txt, data.yaml: YOLO;  provenance.csv: where each comes from
+{options.out}: {counts["images"] - counts["real"]} synthetic images, {counts["nodules"]} nodules, split {options.split}
+  images/*.png          each with its key and weights' hash in it; {counts["real"]} of real images as they are{left}
+  annotations.json      COCO;  {yolo};  provenance.csv: where each comes from
   Data_Entry_2017.csv, BBox_List_2017.csv, split.csv: {reader}
-{counts["written"]} of them written now, {rate:.1f} images/s.
+{counts["written"]} written now, {rate:.1f} images/s.{_say_validation(options, counts["val"])}
 {COMPLETE} says that all is there. For training only: assert_real_only refuses this folder.""")
+
+
+def _say_validation(options: argparse.Namespace, real: int) -> str:
+    if options.split == "val":
+        return ""
+    if options.val or real:
+        return f"\ndata.yaml validates on real images: {options.val or f'{real} in val/images'}."
+    return "\ndata.yaml has nothing to validate on: put real images into val/, or write --val FOLDER."
 
 
 def _info(options: argparse.Namespace) -> None:

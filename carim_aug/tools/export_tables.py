@@ -8,15 +8,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from carim_aug.data.chestxray14_tables import BOX_SIZE
 from carim_aug.data.provenance import Provenance
-from carim_aug.tools.export_backgrounds import Background
+from carim_aug.tools.export_plan import NODULE, Item
 
 NOTICE = "Synthetic images made with carim_aug: for training only, never for evaluation. Research use."
-NODULE = "Nodule"
 
 _ENTRIES = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
 _ENTRIES += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
@@ -25,23 +23,16 @@ _PROVENANCE = "Image Index,synthetic,seed,epoch,index,try,weights_hash,class,ins
 _PROVENANCE += "boxes"
 
 
-@dataclass(frozen=True)
-class Item:
-    """What is known of an image before it is made."""
-
-    name: str  # of its file in images/
-    key: tuple[int, ...]  # (seed, epoch, index)
-    class_name: str
-    patient: int  # whose image it is; of a whole synthetic image, nobody's
-    background: Background | None = None
-
-
 def write_tables(
     images: Sequence[tuple[Item, Provenance]], *, split: str, settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Return all tables of an export, file name to text; its settings go into COCO's info."""
-    other = "val" if split == "train" else "train"
-    yaml = f"# {NOTICE}\n# Ultralytics wants a folder of your own real images here too: {other}: .../images\n"
+    """Return all tables of an export, file name to text; its settings go into COCO's info.
+
+    Real images of the validation set have YOLO's labels alone.
+    """
+    labels = {f"{item.folder.replace('images', 'labels')}/{_stem(item)}.txt": _yolo(made) for item, made in images}
+    validation = [item for item, _ in images if item.folder != "images"]
+    images = [image for image in images if image[0].folder == "images"]
     boxes = [
         (item.name, NODULE, x1, y1, x2 - x1, y2 - y1)
         for item, made in images
@@ -53,9 +44,31 @@ def write_tables(
         "BBox_List_2017.csv": _csv(_BOXES, boxes),
         "split.csv": _csv("Image Index,split", ((item.name, split) for item, _ in images)),
         "provenance.csv": _csv(_PROVENANCE, (_provenance_row(*image) for image in images)),
-        "data.yaml": f"{yaml}{split}: images\nnames:\n  0: {NODULE}\n",
     }
-    return tables | {f"labels/{item.name.rpartition('.')[0]}.txt": _yolo(made) for item, made in images}
+    if split == "train":  # synthetic images are no validation set
+        tables["data.yaml"] = _yaml(settings["val"], validation)
+    return tables | labels
+
+
+def _yaml(val: str | None, validation: Sequence[Item]) -> str:
+    """Return what Ultralytics trains on: synthetic images and negatives, and validates on: real images alone."""
+    boxed = sum(bool(item.background and item.background.boxes) for item in validation)
+    about = f"real images as they are: {len(validation)}, with nodules: {boxed}"
+    if val is not None:
+        about = "your real images"
+    elif not validation:
+        about = "MISSING: put real images there, their labels into val/labels, or export with --val FOLDER"
+    elif not boxed:
+        about += "; no mAP without, so export with --val FOLDER"
+    folder = "val/images" if val is None else json.dumps(val)
+    return f"""\
+# {NOTICE}
+path:  # empty: the folder that this file is in
+train: images
+val: {folder}  # {about}
+names:
+  0: {NODULE}
+"""
 
 
 def _coco(images: Sequence[tuple[Item, Provenance]], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +77,9 @@ def _coco(images: Sequence[tuple[Item, Provenance]], settings: Mapping[str, Any]
     annotations: list[dict[str, Any]] = []
     for number, (item, made) in enumerate(images, start=1):
         size = {"width": made.width, "height": made.height}
-        pictures.append({"id": number, "file_name": item.name, **size, "synthetic": True, "key": list(made.key)})
+        pictures.append(
+            {"id": number, "file_name": item.name, **size, "synthetic": made.synthetic, "key": list(made.key)}
+        )
         for x1, y1, x2, y2 in made.boxes_in(made.width, made.height):
             box: dict[str, Any] = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
             box |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
@@ -97,7 +112,11 @@ def _provenance_row(item: Item, made: Provenance) -> tuple[Any, ...]:
     key = (*made.key[:3], " ".join(map(str, made.key[3:])))
     what = (made.weights_hash, made.class_name, made.insertion, made.background or "")
     boxes = json.dumps(made.boxes_in(made.width, made.height))
-    return (item.name, 1, *key, *what, made.width, made.height, made.bits, boxes)
+    return (item.name, int(made.synthetic), *key, *what, made.width, made.height, made.bits, boxes)
+
+
+def _stem(item: Item) -> str:
+    return item.name.rpartition(".")[0]
 
 
 def _csv(header: str, rows: Iterable[Sequence[Any]]) -> str:

@@ -87,10 +87,10 @@ def contact_sheet(
     # Panels, column by column.
     columns = {
         f"background: {kind}": _to_panels(backgrounds, size),
-        "graft": _to_panels(grafts, size),
-        "graft, its box": _outline_all(_to_panels(grafts, size), decisions),
+        "synthetic graft": _to_panels(grafts, size),
+        "synthetic graft, its box": _outline_all(_to_panels(grafts, size), decisions),
         f"background, x{ZOOM}": _close_ups(backgrounds, decisions, size),
-        f"graft, x{ZOOM}": _close_ups(grafts, decisions, size),
+        f"synthetic graft, x{ZOOM}": _close_ups(grafts, decisions, size),
         f"added, x{gain}": _to_panels(added * gain, size),
     }
     if whole and twins:
@@ -100,9 +100,9 @@ def contact_sheet(
         nodule = applier.whole_images(decisions, cpu)
         columns |= {
             "mask C": _to_panels(masks * 2 - 1, size),
-            "whole image G(z, 0)": _to_panels(without, size),
-            "whole image G(z, C)": _outline_all(_to_panels(nodule, size), decisions),
-            f"G(z, C), x{ZOOM}": _close_ups(nodule, decisions, size),
+            "synthetic image G(z, 0)": _to_panels(without, size),
+            "synthetic image G(z, C)": _outline_all(_to_panels(nodule, size), decisions),
+            f"synthetic G(z, C), x{ZOOM}": _close_ups(nodule, decisions, size),
         }
     said = {"real": "All synthetic but the real backgrounds", "phantom": "Synthetic nodules in phantoms"}
     strengths = " to ".join(dict.fromkeys(f"{strength:g}" for strength in graft.strength))  # type: ignore[union-attr]

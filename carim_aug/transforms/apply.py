@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -16,12 +17,14 @@ from torch.utils.data import get_worker_info
 from carim_aug.generators.base import check_device, check_source
 from carim_aug.labels.base import Change
 from carim_aug.labels.policy import LabelPolicy
-from carim_aug.location.placement import candidates, find_areas
+from carim_aug.location.placement import Area, candidates, find_areas
 from carim_aug.ops.boxes import boxes_to_masks
 from carim_aug.ops.images import resize
+from carim_aug.ops.orientation import usual_view
 from carim_aug.ops.random import fold
 from carim_aug.transforms.gate import Candidates
 from carim_aug.transforms.graft import contrasts, graft
+from carim_aug.transforms.left_real import GATE, NO_LUNGS, NO_ROOM
 from carim_aug.transforms.plan import Decision, MixParams, Planner
 from carim_aug.transforms.settings import MixSettings
 
@@ -48,6 +51,10 @@ class Applier:
             raise ValueError(f"device must be a torch.device or its name, got {device!r}: {error}") from None
         self._checked: set[torch.device] = set()
 
+    def on(self, device: torch.device | str | None) -> "Applier":
+        """Return this applier, or where it has no device of its own one on this device."""
+        return self if self.device is not None or device is None else Applier(self.settings, self.source, device)
+
     def check_labels(self, policy: LabelPolicy) -> None:
         """Raise ValueError for boxes with a source that does not put nodules where they are."""
         if policy.kind == "detection" and not (hasattr(self.source, "images") or hasattr(self.source, "residuals")):
@@ -57,27 +64,33 @@ class Applier:
             )
 
     # --- Place ---
-    def place(self, images: Images, decisions: Sequence[Decision], planner: Planner) -> Placed:
+    def place(
+        self, images: Images, decisions: Sequence[Decision], planner: Planner, taken: Sequence[Tensor] | None = None
+    ) -> Placed:
         """Return decisions as their backgrounds and the gate want them, from keys and backgrounds alone.
 
         Args:
             images: B backgrounds (C, H, W) in the settings' value range.
             decisions: B, made by the planner.
             planner: draws again.
+            taken: B of (k, 4) XYXY in pixels, the real boxes: no graft touches them. An image without room stays real.
         """
         rows = [i for i, decision in enumerate(decisions) if len(decision.boxes)]
-        grafts, gates = self.settings.insertion == "graft", self.settings.graft.gates
+        grafts, gates, left_real = self.settings.insertion == "graft", self.settings.graft.gates, self._left_real
         if not rows or (gates is None and not grafts):
             return Placed(tuple(decisions), {})
-        placement = self.settings.graft.placement if grafts else "prior"
-        areas = find_areas([images[i] for i in rows], placement, planner.prior.field)
-        draws = {
-            i: candidates(partial(planner.redraw, decisions[i]), area) for i, area in zip(rows, areas, strict=True)
-        }
-        chosen = list(decisions)
+        chosen, draws = list(decisions), {}
+        areas = self.areas([images[i] for i in rows], planner.prior.field) if grafts else [Area()] * len(rows)
+        for i, area in zip(rows, areas, strict=True):
+            if isinstance(area, str):
+                chosen[i] = left_real(decisions[i], area)
+                continue
+            if grafts and taken is not None:
+                area = replace(area, taken=to_parts(taken[i], sizes_of([images[i]])[0]))
+            draws[i] = candidates(partial(planner.redraw, decisions[i]), area)
         if gates is None:
             for i, own in draws.items():
-                chosen[i] = next(own, decisions[i].real())
+                chosen[i] = next(own, None) or left_real(decisions[i], NO_ROOM)
             return Placed(tuple(chosen), {})
         generated: dict[int, Tensor] = {}
         for _ in range(gates.tries):
@@ -92,9 +105,23 @@ class Applier:
             if not draws:
                 break
         for i in draws:
-            chosen[i] = decisions[i].real()
+            chosen[i] = left_real(decisions[i], GATE)
             gates.exhaust()
         return Placed(tuple(chosen), generated)
+
+    def areas(self, images: Sequence[Tensor], field: Tensor) -> list[Area | str]:
+        """Return where nodules may lie in each image (C, H, W), or why it stays real; `field` (64, 64) bounds lungs."""
+        placement = self.settings.graft.placement
+        # One by one: no verdict may depend on a batch, not by a rounding.
+        views = [usual_view(self._grey(image[None]))[0] if placement == "lungs" else None for image in images]
+        usual = [image for image, view in zip(images, views, strict=True) if view is None]
+        found = iter(find_areas(usual, placement, field))
+        return [(next(found) or NO_LUNGS) if view is None else view for view in views]
+
+    def _left_real(self, decision: Decision, reason: str) -> Decision:
+        """Count an image that stays real, and return that decision."""
+        self.settings.graft.left_real.count(reason)
+        return decision.real()
 
     def _pass_gates(
         self, images: Images, rows: list[int], candidate: dict[int, Decision]
@@ -108,7 +135,7 @@ class Applier:
         boxes = [decision.boxes_at(height, width) for decision in decisions]
         if self.settings.insertion == "graft":
             shown = self._grey(self._graft(real, decisions, generated))
-            seen = Candidates(shown, boxes, self._grey(real), self._contrasts(decisions, generated))
+            seen = Candidates(shown, boxes, self._grey(real), self._contrasts(list(real), decisions, generated))
         else:
             shown = resize(torch.stack(generated), (height, width))
             seen = Candidates(shown, boxes, None, torch.full((len(decisions),), math.nan))
@@ -134,7 +161,8 @@ class Applier:
             more = self._generate([decisions[i] for i in missing], [images[i] for i in missing])
             generated.update(zip(missing, more, strict=True))
         if self.settings.insertion == "graft":
-            added[rows] = self._contrasts([decisions[i] for i in rows], [generated[i] for i in rows])
+            real = [images[i] for i in rows]
+            added[rows] = self._contrasts(real, [decisions[i] for i in rows], [generated[i] for i in rows])
         mixed = images.clone() if isinstance(images, Tensor) else list(images)
         for group in [rows] if isinstance(images, Tensor) else _of_one_size(rows, images):
             old = images[group] if isinstance(images, Tensor) else torch.stack([images[i] for i in group])
@@ -168,14 +196,21 @@ class Applier:
 
     def _graft(self, images: Tensor, decisions: Sequence[Decision], residuals: Sequence[Tensor]) -> Tensor:
         height, width = images.shape[-2:]
-        boxes, strengths = [d.boxes_at(height, width) for d in decisions], [d.strength for d in decisions]
+        boxes = [decision.boxes_at(height, width) for decision in decisions]
         every = torch.cat(list(residuals)).to(images.device)
-        return graft(images, every, boxes, strengths, self.settings.value_range)
+        return graft(images, every, boxes, self._strengths(images, decisions), self.settings.value_range)
 
-    def _contrasts(self, decisions: Sequence[Decision], residuals: Sequence[Tensor]) -> Tensor:
+    def _contrasts(
+        self, images: Sequence[Tensor], decisions: Sequence[Decision], residuals: Sequence[Tensor]
+    ) -> Tensor:
         size = self.source.image_size
         boxes = [decision.boxes_at(size, size) for decision in decisions]
-        return contrasts(torch.cat(list(residuals)), boxes, [decision.strength for decision in decisions])
+        return contrasts(torch.cat(list(residuals)), boxes, self._strengths(images, decisions))
+
+    def _strengths(self, images: Sequence[Tensor] | Tensor, decisions: Sequence[Decision]) -> list[float]:
+        """Return by what each image's residuals are multiplied: less where it uses a small part of its range."""
+        shares = [self.settings.value_range.shares(image[None])[0] for image in images]
+        return [decision.strength * share for decision, share in zip(decisions, shares, strict=True)]
 
     @torch.no_grad()
     def _generate(self, decisions: Sequence[Decision], images: Sequence[Tensor]) -> list[Tensor]:
@@ -228,6 +263,12 @@ class Applier:
 def sizes_of(images: Images) -> tuple[tuple[int, int], ...]:
     """Return the height and width of each image."""
     return tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+
+
+def to_parts(boxes: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Return boxes (k, 4), XYXY in pixels of an image of this height and width and a pixel wider, as parts of it."""
+    height, width = size
+    return (boxes.numpy() + [-1, -1, 1, 1]) / np.array([width, height, width, height])
 
 
 def _of_one_size(rows: list[int], images: Images) -> list[list[int]]:

@@ -13,7 +13,6 @@ from torchvision.transforms import v2
 from carim_aug.generators.base import check_source
 from carim_aug.generators.pretrained import NoduleGenerator
 from carim_aug.generators.weights import PRIOR, fetch
-from carim_aug.labels.discover import check_order
 from carim_aug.labels.policy import LabelPolicy
 from carim_aug.labels.sample import check_images, plain_images
 from carim_aug.location.placement import Placement
@@ -127,7 +126,7 @@ class SyntheticNoduleMix(v2.Transform):
         self._held = (generator,)
         self._applier = Applier(self.settings, source, device)
         self._hash: str | None = None
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(2, dtype=torch.int64).share_memory_()  # and how often it was set
         self._enabled = torch.ones((), dtype=torch.bool).share_memory_()
         self._step = 0
         self.last_params: MixParams | None = None
@@ -227,7 +226,7 @@ class SyntheticNoduleMix(v2.Transform):
         Args:
             dataset: map-style; its samples hold an image (C, H, W) and a label, and anything else.
         """
-        return MixedDataset(self._plan(dataset, self._epoch), self._applier)
+        return MixedDataset(self._plan(dataset), self._applier, self)
 
     def loader(self, dataset: Dataset, batch_size: int | None = 1, **options: Any) -> MixLoader:
         """Return a loader of mixed batches (A): decided in the workers, generated in this process on `device`.
@@ -237,9 +236,11 @@ class SyntheticNoduleMix(v2.Transform):
             batch_size: as in a DataLoader, whose other `options` are taken too; see `MixLoader`.
             options: see there.
         """
-        planned = self._plan(dataset, torch.zeros((), dtype=torch.int64).share_memory_())
-        more: Any = dict(weights_hash=self.weights_hash, on_batch=self._remember)
-        return MixLoader(planned, self._applier, batch_size=batch_size, **more, **options)
+        return MixLoader(self.wrap(dataset), batch_size=batch_size, **options)
+
+    def left_real(self) -> dict[str, int]:
+        """Return how many images were to get a nodule and stayed real, by reason; see `transforms.left_real`."""
+        return self.settings.graft.left_real.report()
 
     def gate_report(self) -> dict[str, Any]:
         """Return what the gate has done so far; see `carim_aug.transforms.gate.Gates.report`."""
@@ -250,19 +251,16 @@ class SyntheticNoduleMix(v2.Transform):
 
     def class_counts(self, dataset: Dataset) -> dict[str, dict[str, int]]:
         """Return real, synthetic and total samples per class, before training; see `PlannedDataset.class_counts`."""
-        return self._plan(dataset, self._epoch).class_counts()
+        return self._plan(dataset).class_counts()
 
-    def _plan(self, dataset: Dataset, epoch: Tensor) -> PlannedDataset:
+    def _plan(self, dataset: Dataset) -> PlannedDataset:
         if isinstance(dataset, MixedDataset):
             if dataset.planned.enabled is self._enabled:  # wrapped by this mix: labels are read already
-                return dataset.planned.with_epoch(epoch)
+                return dataset.planned
             dataset = dataset.dataset
-        planned = PlannedDataset(dataset, self.settings, epoch=epoch, enabled=self._enabled)
+        planned = PlannedDataset(dataset, self.settings, epoch=self._epoch, enabled=self._enabled)
         self._applier.check_labels(planned.policy)
         return planned
-
-    def _remember(self, params: MixParams) -> None:
-        self.last_params = params
 
     # --- C ---
     def make_params(self, flat_inputs: list[Any]) -> MixParams:  # type: ignore[override]
@@ -279,7 +277,7 @@ class SyntheticNoduleMix(v2.Transform):
         # Each rank and each worker counts its own steps, so their keys must differ.
         worker, rank = get_worker_info(), _rank()
         more = (() if rank == 0 else (rank,)) if worker is None else (rank, worker.seed)
-        keys = [(self.seed, int(self._epoch), self._step + i, *more) for i in range(len(eligible))]
+        keys = [(self.seed, int(self._epoch[0]), self._step + i, *more) for i in range(len(eligible))]
         decisions = tuple(planner.decide(key, i, eligible=eligible[i]) for i, key in enumerate(keys))
         return MixParams(decisions, self.settings.insertion, sizes_of(images), self.weights_hash, placed=False)
 
@@ -306,7 +304,8 @@ class SyntheticNoduleMix(v2.Transform):
             applier = Applier(settings, applier.source, applier.device)
         decisions = params.decisions
         if not params.placed:
-            decisions = applier.place(images, decisions, self.settings.planner(policy)).decisions
+            planner, taken = self.settings.planner(policy), policy.boxes_of(labels)
+            decisions = applier.place(images, decisions, planner, taken).decisions
         # What a gate saw is generated again, all in one call: the same params then give the same pixels, bit for bit.
         return applier.apply(images, labels, Placed(decisions, {}), policy, self.weights_hash)
 
@@ -343,9 +342,9 @@ class SyntheticNoduleMix(v2.Transform):
         check_images(images, batch=True)
         pixels = plain_images(images)
         self.settings.value_range.check_each(pixels)
-        check_order(self.settings.labels, layout.label, labels)
         policy = self.settings.labels.resolve(labels, batch=True)
         self._applier.check_labels(policy)
+        self.settings.check_normal(policy)
         policy.check(labels, sizes=sizes_of(pixels))
         if len(labels) != len(pixels):
             raise ValueError(f"labels must be as many as images ({len(pixels)}), got {len(labels)}")
@@ -382,7 +381,8 @@ class SyntheticNoduleMix(v2.Transform):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of `mix(images, labels)` and of all `mix.wrap(...)` data sets; the step goes back to 0."""
-        self._epoch.fill_(check_epoch(epoch))
+        self._epoch[0] = check_epoch(epoch)
+        self._epoch[1] += 1
         self._step = 0
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
@@ -392,7 +392,7 @@ class SyntheticNoduleMix(v2.Transform):
         """
         if destination is not None or args:
             return destination
-        return {"seed": self.seed, "epoch": int(self._epoch), "step": self._step}
+        return {"seed": self.seed, "epoch": int(self._epoch[0]), "step": self._step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Go on from a state of the same seed; another state is a ValueError."""

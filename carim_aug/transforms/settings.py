@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from carim_aug.labels.base import LabelError
 from carim_aug.labels.policy import LabelPolicy
 from carim_aug.labels.sample import layout_of
 from carim_aug.location.placement import Placement, check_placement
@@ -11,6 +12,7 @@ from carim_aug.ops.random import LIMIT
 from carim_aug.ops.value_range import ValueRange
 from carim_aug.transforms.amounts import NUMBERS, Amount
 from carim_aug.transforms.gate import Gates
+from carim_aug.transforms.left_real import LeftReal
 from carim_aug.transforms.plan import Planner
 
 INSERTIONS = ("graft", "whole")
@@ -23,6 +25,7 @@ class Graft:
     placement: Placement = "lungs"
     strength: float | tuple[float, float] = 1.0  # residuals are multiplied by it: (0, 4], or (least, largest)
     gates: Gates | None = None  # which nodules are good enough; None: all
+    left_real: LeftReal = field(default_factory=LeftReal, compare=False)  # counts images that get none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement", check_placement(self.placement))
@@ -69,6 +72,12 @@ class MixSettings:
     def layout_of(self, sample: Any) -> Any:
         """Return the layout of a sample."""
         return layout_of(sample, self.layout, self.labels_getter)
+
+    def check_normal(self, policy: LabelPolicy) -> None:
+        """Raise LabelError for classes of which none is known to be without a nodule."""
+        if policy.kind in ("integer", "onehot") and policy.normal not in (policy.classes or ()) and not self.eligible:
+            rule = f"one of the classes {list(policy.classes or ())}, which images without a nodule have"
+            raise LabelError(f"normal must be {rule}, got {policy.normal!r}: pass labels=LabelPolicy(normal=...)")
 
     def takes_anything(self, policy: LabelPolicy) -> bool:
         """Return whether any sample may be a background: a graft adds a box to whatever boxes there are."""

@@ -44,7 +44,7 @@ def main() -> None:
         "image at p = 0.5": lambda: half.decide((0, 0, next(count)), 0, eligible=True),
         "synthetic nodule": lambda: planner.decide((0, 0, next(count)), 0, eligible=True),
         "added synthetic nodule": lambda: planner.add((0, 0, next(count)), "Nodule", backgrounds),
-        "data set's image at p = 0.5": lambda: planned.decision(next(count) % 1000, True),
+        "data set's image at p = 0.5": lambda: planned.decide((0, 0, next(count) % 1000), True),
     }
     print(f"{'us a decision (median of 15 x 5000)':44} {'median':>7} {'worst run':>10} {'limit':>6}")
     for name, values in measure(decisions, 5000, time.process_time).items():

@@ -122,12 +122,12 @@ def test_persistent_workers_decide_as_none_and_an_order_is_its_epochs_alone():
 def test_wrap_in_persistent_workers_sees_the_epoch():
     mix = make_mix(p=0.5)
     wrapped = mix.wrap(Images(N))
-    loader = DataLoader(wrapped, batch_size=N, num_workers=1, persistent_workers=True)
-    for epoch in (0, 1):
+    loader = DataLoader(mix.wrap(Images(N)), batch_size=N, num_workers=1, persistent_workers=True)
+    for epoch in (0, 3):
         mix.set_epoch(epoch)
         ((images, labels),) = loader
-        assert labels.tolist() == [label for _, label in wrapped]
-        assert torch.allclose(images, torch.stack([image for image, _ in wrapped]), atol=1e-5)
+        here, marked = zip(*wrapped, strict=True)
+        assert labels.tolist() == list(marked) and torch.allclose(images, torch.stack(here), atol=1e-5)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -42,7 +42,7 @@ def test_decisions_are_the_recorded_ones(digest):
     planned = SyntheticNoduleMix.from_pretrained(**SETTINGS[digest]).wrap(images).planned
     for epoch in (0, 1, 7):
         for i in range(len(planned)):
-            one = planned.decision(i, i < 64 and images.targets[i] == 0, epoch)
+            one = planned.decide((planned.settings.seed, epoch, i), i < 64 and images.targets[i] == 0)
             parts = one.class_name, one.noise_seed, one.boxes.tobytes().hex(), one.background, one.strength
             rows.append([list(one.key), *parts])
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == digest

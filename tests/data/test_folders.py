@@ -4,7 +4,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from carim_aug.data.folders import BoxCSV, FolderPerClass
+from carim_aug.data.folders import FolderPerClass
 from carim_aug.data.io import DataError
 
 
@@ -20,13 +20,6 @@ def classes(tmp_path):
     save(tmp_path / "nodule" / "deep" / "a.jpeg", 200)
     (tmp_path / "nodule" / "notes.txt").write_text("no image")
     return tmp_path
-
-
-def table(folder, text):
-    for name in "abc":
-        save(folder / f"{name}.png", 50)
-    (folder / "boxes.csv").write_text(text)
-    return folder
 
 
 def test_folder_names_are_the_labels_in_order_or_as_given(classes):
@@ -55,34 +48,3 @@ def test_wrong_class_folders_are_refused(classes, tmp_path):
     ):
         with pytest.raises(error, match=words):
             FolderPerClass(root, **options)
-
-
-def test_boxes_of_one_image_belong_together_and_empty_rows_have_none(tmp_path):
-    text = "image,x1,y1,x2,y2,label\na.png,1,2,3,4,1\nb.png,,,,,\na.png,5,5,20,10,7\n"
-    data = BoxCSV(table(tmp_path, text), "boxes.csv")
-    assert len(data) == 2 and data.targets == [1, 0]
-    image, target = data[0]
-    assert image.shape == (1, 10, 20) and isinstance(target["boxes"], tv_tensors.BoundingBoxes)
-    assert target["boxes"].tolist() == [[1, 2, 3, 4], [5, 5, 20, 10]] and target["boxes"].canvas_size == (10, 20)
-    assert target["labels"].tolist() == [1, 7] and target["labels"].dtype == torch.int64
-    assert data[1][1]["boxes"].shape == (0, 4) and data[1][1]["labels"].shape == (0,)
-
-    # The label column may be missing; boxes are clipped, and move with the image.
-    root = table(tmp_path, "image,x1,y1,x2,y2\na.png,-0.5,0,5,5\na.png,1,0,20.9,10\n")
-    _, target = BoxCSV(root, root / "boxes.csv", transform=v2.RandomHorizontalFlip(1.0))[0]
-    assert target["labels"].tolist() == [1, 1] and target["boxes"].tolist() == [[15, 0, 20, 5], [0, 0, 19, 10]]
-
-
-@pytest.mark.parametrize(
-    ("row", "match"),
-    [
-        ("a.png,5,5,50,9,1", "line 2: box must lie in the image of 20 x 10 px"),
-        ("a.png,5,1,6,9,1.5", "line 2: label must be an integer, got '1.5'"),
-        ("a.png,5", "line 2: 2 cells"),
-        ("z.png,1,1,2,2,1", "z.png: no such image file"),
-        ("", "no rows"),
-    ],
-)
-def test_bad_row_is_named(tmp_path, row, match):
-    with pytest.raises(DataError, match=match):
-        BoxCSV(table(tmp_path, f"image,x1,y1,x2,y2,label\n{row}\n"), "boxes.csv")[0]

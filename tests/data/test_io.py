@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from carim_aug.data.boxes_csv import BoxCSV
 from carim_aug.data.chestxray14_tables import read_boxes, read_entries
-from carim_aug.data.folders import BoxCSV
 from carim_aug.data.io import DataError, read_grey, read_rows, read_size
 
 ENTRIES = ("Image Index", "Finding Labels", "Patient ID", "View Position")
 BOXES = ("Image Index", "Finding Label", "x", "y", "w", "h")
-CORNERS = ("image", "x1", "y1", "x2", "y2")
+CORNERS = ("image", "x1", "y1", "x2", "y2", "label")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,6 @@ ENCODED = {"png": encode("PNG"), "jpg": encode("JPEG"), "bmp": encode("BMP")}
     [
         (ENTRIES, "Data_Entry_2017.csv", lambda path: read_entries(path.parent)),
         (BOXES, "boxes.csv", read_boxes),
-        (CORNERS, "corners.csv", lambda path: BoxCSV(path.parent, path)),
     ],
 )
 def test_a_table_without_a_column_is_named_with_the_column(root, columns, name, read):
@@ -75,7 +74,7 @@ def test_a_bad_box_in_a_table_is_named_with_file_and_line(root, place, side, dat
     with pytest.raises(DataError, match=r"boxes.csv, line 3: (box must|[xywh] must be a number, got)"):
         read_boxes(path)
     corners = box if isinstance(value, str) else (x, y, x + w, y + h)
-    path = write(root / "corners.csv", CORNERS, ("a.png", *corners))
+    path = write(root / "corners.csv", CORNERS, ("a.png", *corners, "Nodule"))
     with pytest.raises(DataError, match=r"corners.csv, line 2: (box must|[xy][12] (must be a number|is empty))"):
         BoxCSV(root, path)[0]
 

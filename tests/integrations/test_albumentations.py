@@ -32,7 +32,7 @@ def graft(tmp_path_factory):
     """Makes a GraftNodule of tiny weights, by default with a nodule in every image."""
     folder = tmp_path_factory.mktemp("weights")
     make_mix().save_pretrained(folder)
-    return lambda **options: GraftNodule(**{"weights": str(folder), "p": 1.0, **options})
+    return lambda **options: GraftNodule(**{"weights": str(folder), "p": 1.0, "placement": "prior", **options})
 
 
 def pipeline(step, fmt="pascal_voc", fields=("labels",), more=(), **limits):
@@ -43,7 +43,10 @@ def pipeline(step, fmt="pascal_voc", fields=("labels",), more=(), **limits):
 @pytest.mark.parametrize("image", [IMAGE, IMAGE[..., 0], IMAGE.repeat(3, 2), (IMAGE / 255).astype(np.float32)])
 def test_it_does_what_the_mix_does_to_a_data_set(graft, image):
     channels_first = image.reshape(96, 120, -1).transpose(2, 0, 1)
-    data, options = [(torch.from_numpy(channels_first), 0)] * 8, {"p": 0.6, "seed": 3, "strength": (0.5, 2.0)}
+    data, options = (
+        [(torch.from_numpy(channels_first), 0)] * 8,
+        {"p": 0.6, "seed": 3, "strength": (0.5, 2.0), "placement": "prior"},
+    )
     step = graft(**options)
     wrapped = SyntheticNoduleMix.from_pretrained(step.weights, **options).wrap(data)
     step.set_epoch(2)

@@ -238,6 +238,7 @@ def test_workers_and_pickled_copies_give_the_same_samples_and_see_epochs(nih):
         data.set_epoch(epoch)
         batches = list(loader)
         images = torch.cat([batch["img"] for batch in batches]).numpy()
+        data.set_epoch(epoch)  # or these were of the next one
         np.testing.assert_array_equal(images, np.stack([sample["img"] for sample in data]))
         np.testing.assert_array_equal(torch.cat([batch["lab"] for batch in batches]).numpy(), data.labels)
         assert torch.cat([batch["idx"] for batch in batches]).tolist() == list(range(36))

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from carim_aug import LabelError, LabelPolicy, LayoutError, SyntheticNoduleMix
 from carim_aug.data import ChestXray14, PhantomChest
+from carim_aug.labels.base import Change
 from carim_aug.labels.detection import add_nodules, check_target, instances, is_target, is_targets
 from carim_aug.ops.boxes import boxes_to_masks, feather
 
@@ -206,6 +207,7 @@ def test_the_loader_the_wrapped_data_set_and_the_transform_do_the_same():
     assert all(torch.equal(a, b) for a, b in zip(again[0], after, strict=True))
     with pytest.raises(ValueError, match="one size to have masks"):
         _ = mix.last_params.masks
+    wrapped.set_epoch(0)
     plain = [t["boxes"] for _, batch in DataLoader(wrapped, collate_fn=as_tuples, **options) for t in batch]
     assert all(torch.equal(boxes, target["boxes"]) for boxes, target in zip(plain, marked, strict=True))
     # A loader goes on in mid epoch.
@@ -312,3 +314,25 @@ def test_boxes_stay_on_their_nodules_through_geometric_transforms(name):
         if len(after["labels"]) == len(target["labels"]):
             shares.append(outside_share(plain, moved, after["boxes"]))
     assert len(shares) >= 4 and max(shares) < 0.05 and (name in ("affine", "crop") or sum(shares) / len(shares) < 0.01)
+
+
+# --- Images without boxes ---
+@pytest.mark.parametrize("target", [None, {}, {"image_id": 1}])
+def test_what_torchvision_gives_for_an_image_without_boxes_is_one(target):
+    policy = LabelPolicy("detection").resolve([target], batch=True)
+    assert (
+        policy.classes_of([target, {"boxes": torch.zeros(0, 4), "labels": ONES[:0]}]) == ["No Finding"] * 2
+        and instances(target)[1] == []
+    )
+    box = torch.tensor([[4.0, 5.0, 14.0, 17.0]])
+    change = Change(0, "Nodule", box, (32, 40), False)
+    (alone,) = policy.change([target], [change])
+    assert isinstance(alone["boxes"], tv_tensors.BoundingBoxes) and alone["boxes"].canvas_size == (32, 40)
+    assert alone["boxes"].tolist() == box.tolist() and alone["labels"].tolist() == [1]
+    assert set(alone) == {"boxes", "labels", *(target or {})}
+    other = {"boxes": torch.ones(2, 4), "labels": torch.ones(2).long(), "masks": torch.ones(2, 32, 40), "image_id": 7}
+    first, second = policy.change([target, other], [change])
+    assert second is other and set(first) == {"boxes", "labels", "masks", *(target or {})}
+    assert first["masks"].shape == (1, 32, 40) and (target is None or first.get("image_id") == target.get("image_id"))
+    with pytest.raises(LabelError, match=r"got None: if it has no boxes, pass labels=LabelPolicy\('detection'\)"):
+        LabelPolicy().resolve(None, batch=False)

@@ -8,12 +8,11 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from carim_aug import LabelError, LabelPolicy
-from carim_aug.labels.discover import check_order, labels_without_images, name_classes, same_label
+from carim_aug.labels.discover import labels_without_images, name_classes, same_label
 from carim_aug.ops.findings import FINDINGS
 
 ROW, PAIR = torch.zeros(14), ("nodule", "normal")
 SORTED = tuple(sorted(FINDINGS))
-COCO = SimpleNamespace(coco=SimpleNamespace(cats={1: {"name": "mass"}, 4: {"name": "nodule"}}))
 
 
 class Named(Dataset):
@@ -24,6 +23,12 @@ class Named(Dataset):
 
     def __len__(self):
         return 3
+
+    def __getitem__(self, index):
+        raise AssertionError("no image is loaded to find names or labels")
+
+
+COCO = Named(coco=SimpleNamespace(cats={1: {"name": "mass"}, 4: {"name": "nodule"}}))
 
 
 def inside(dataset):
@@ -42,13 +47,28 @@ def inside(dataset):
         (Named(pathologies=SORTED, classes=PAIR), 1, PAIR),
         (Named(pathologies=SORTED, classes=PAIR), ROW, SORTED),
         (inside(COCO), [], ("__background__", "mass", "", "", "nodule")),
-        (Named(classes=PAIR), [], None),  # detection counts from the background
         (Named(classes=("__background__", "nodule")), [], ("__background__", "nodule")),
         (Named(), 1, None),
+        (Named(class_names=list(PAIR)), 1, PAIR),
+        (Named(label_names=PAIR), 0, PAIR),
+        (Named(labels=list(SORTED)), ROW, SORTED),  # CheXpert's readers name their columns so
+        (Named(labels=[0, 1, 1]), 1, None),
+        (Named(features={"image": object(), "label": SimpleNamespace(names=list(PAIR))}), 1, PAIR),
+        (Named(features={"a": SimpleNamespace(names=["x"]), "label": SimpleNamespace(names=list(PAIR))}), 1, PAIR),
+        (Named(_anything=Named(classes=PAIR)), 1, PAIR),
+        (Named(parts=[Named(classes=PAIR), Named(classes=PAIR)]), 1, PAIR),
+        (Named(class_to_idx={"normal": 1, "nodule": 0}), 1, PAIR),
+        (Named(class_names=np.array(PAIR)), 1, PAIR),
+        (Named(classes={1: "normal", 0: "nodule"}), 1, PAIR),
+        (Named(id2label={"0": "nodule", "1": "normal"}), 1, PAIR),
+        (Named(METAINFO={"classes": PAIR}), 1, PAIR),
+        (Named(parts={"train": Named(classes=PAIR)}), 1, PAIR),
+        (ConcatDataset([Named(classes=PAIR)] * 12), 1, PAIR),
+        (Named(classes="nodule"), 1, None),
     ],
 )
 def test_class_names_come_from_the_data_set(dataset, label, classes):
-    assert name_classes(LabelPolicy(), dataset, label).classes == classes
+    assert name_classes(LabelPolicy(), dataset, label, "label").classes == classes
     given = LabelPolicy(classes=("Nodule", "No Finding"))
     assert name_classes(given, dataset, label) is given
 
@@ -57,13 +77,13 @@ def test_names_that_do_not_fit_are_named():
     with pytest.raises(LabelError, match="nodule must be one of the classes .*'cat'"):
         name_classes(LabelPolicy(), Named(classes=["cat", "dog"]))
     parts = ConcatDataset([Named(classes=PAIR), Named(classes=PAIR[::-1])])
-    with pytest.raises(LabelError, match="labels must be of one list of classes in all parts of a ConcatDataset, got"):
+    with pytest.raises(LabelError, match="labels must be of one list of classes in all data sets inside, got"):
         name_classes(LabelPolicy(), parts, 1)
-    with pytest.raises(LabelError, match=r"named columns .*'lab'.* got shape \(2, 14\)"):
-        check_order(LabelPolicy(), "lab", np.zeros((2, 14)))
-    for key, label in (("lab", np.zeros(18)), (1, ROW), ("lab", 1)):
-        check_order(LabelPolicy(), key, label)
-    check_order(LabelPolicy(classes=SORTED), "lab", ROW)
+    with pytest.raises(LabelError, match="counted from '__background__', 0, where targets have boxes.*classes="):
+        name_classes(LabelPolicy(), Named(classes=PAIR), [])
+    with pytest.raises(LabelError, match=r"integers, or 1.0 for a nodule, .*\['nodule', 'normal'\], got 1.0: return"):
+        LabelPolicy(classes=PAIR).resolve(1.0, batch=False)
+    assert LabelPolicy(classes=PAIR[::-1]).resolve(1.0, batch=False).classes == ("nodule",)
 
 
 def test_labels_are_read_without_images_through_wrappers_and_compared_with_nan_and_boxes():

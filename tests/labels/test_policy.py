@@ -37,7 +37,8 @@ def same(a, b) -> bool:
 @given(st.sampled_from([1, 14, 18]).flatmap(rows), types, st.sampled_from(TWO))
 def test_a_multilabel_row_gains_a_nodule_or_becomes_that_of_a_generated_image(values, name, made):
     batch, before = as_type(values, name), as_type(values, name)
-    policy = LabelPolicy().resolve(batch, batch=True)
+    names = {14: FINDINGS, 18: TORCHXRAYVISION18}.get(len(values[0]))
+    policy = LabelPolicy(classes=names).resolve(batch, batch=True)
     policy.check(batch)
     grafted, whole = np.array(values), np.array(values)
     grafted[:, policy.classes.index("Nodule")] = 1
@@ -66,7 +67,7 @@ def test_integer_labels_keep_their_type(values, name):
 @given(st.lists(st.floats(0, 1, width=16), min_size=1, max_size=6), types)
 def test_soft_rows_of_two_become_hard(shares, name):
     batch = as_type([[1 - s, s] for s in shares], name)
-    policy = LabelPolicy().resolve(batch, batch=True)
+    policy = LabelPolicy(classes=TWO).resolve(batch, batch=True)
     policy.check(batch)
     assert (policy.kind, policy.classes) == ("onehot", TWO)
     assert same(policy.add_nodule(batch), as_type([[0.0, 1.0]] * len(shares), name))
@@ -87,7 +88,7 @@ BATCHES = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_changes_as_its_labels_do_one_by_one(kind):
     labels, before = BATCHES[kind], pickle.dumps(BATCHES[kind])
-    policy = LabelPolicy(kind).resolve(labels, batch=True)
+    policy = LabelPolicy(kind, FINDINGS if kind == "multilabel" else None).resolve(labels, batch=True)
     assert isinstance(policy.format, FORMATS[kind]) and policy.format.nodule_number == policy.classes.index("Nodule")
     box = torch.tensor([[4.0, 6.0, 12.0, 20.0]])
     cases = [(0, "Nodule", box, False), (1, "No Finding", box[:0], True), (3, "Nodule", box, True)]
@@ -106,11 +107,8 @@ def test_a_batch_changes_as_its_labels_do_one_by_one(kind):
     ("columns", "dtype", "kind", "classes"),
     [
         ((), "int64", "integer", TWO),
-        ((2,), "float32", "onehot", TWO),
         ((1,), "float32", "multilabel", ("Nodule",)),
         ((), "float32", "multilabel", ("Nodule",)),
-        ((14,), "int64", "multilabel", FINDINGS),
-        ((18,), "float32", "multilabel", TORCHXRAYVISION18),
     ],
 )
 def test_kind_and_classes_come_from_an_example(lead, columns, dtype, kind, classes):
@@ -121,7 +119,18 @@ def test_kind_and_classes_come_from_an_example(lead, columns, dtype, kind, class
         policy.check(label, batch=bool(lead))
         if array.ndim != 1 or bool(lead) == (dtype == "int64"):  # one axis of integers is a batch, of floats a row
             assert LabelPolicy().resolve(label) == policy
+
+
+@pytest.mark.parametrize("columns", [2, 3, 5, 7, 14, 15, 18])
+def test_columns_without_names_are_refused_with_the_line_to_write(columns):
+    label = torch.zeros(4, columns)
+    label[:, 0] = 1
+    with pytest.raises(
+        LabelError, match=r"columns whose names are known.*pass labels=LabelPolicy\('multilabel', classes"
+    ):
+        LabelPolicy().resolve(label)
     assert FINDINGS[5] == TORCHXRAYVISION18[11] == "Nodule" and TORCHXRAYVISION18[14] == "Lung Lesion"
+    assert LabelPolicy("onehot").resolve(label[:, :2]).classes == TWO
 
 
 @given(rows(14), types, st.integers(0, 13), st.sampled_from([-1.0, 1.5, -0.01, float("inf"), -float("inf")]))
@@ -135,7 +144,7 @@ def test_classes_of_a_batch_are_those_of_its_rows_whose_values_are_from_zero_to_
     assert MULTI14.classes_of(batch) == [by_hand(row) for row in values] == [MULTI14.class_of(row) for row in batch]
     values[-1][column] = wrong
     with pytest.raises(LabelError, match="labels must be from 0 to 1, or NaN for unknown"):
-        LabelPolicy().check(as_type(values, name))
+        LabelPolicy(classes=FINDINGS).check(as_type(values, name))
 
 
 def test_a_no_finding_column_is_believed_and_floats_and_booleans_stay_what_they_are():
@@ -221,3 +230,11 @@ def test_cuda_labels_stay_on_cuda():
     MULTI14.check(batch)
     assert MULTI14.add_nodule(batch).is_cuda and MULTI14.synthetic(batch, "Nodule").is_cuda
     assert MULTI14.classes_of(batch) == ["unknown"] * 4
+
+
+def test_every_column_that_means_normal_falls_when_a_nodule_comes_in():
+    policy = LabelPolicy(classes=("No Finding", "no_nodule", "Nodule", "Mass"))
+    row = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0]])
+    assert policy.classes_of(row) == ["No Finding", "other"]
+    assert policy.add_nodule(row).tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
+    assert policy.synthetic(row, "normal")[0].tolist() == [1, 1, 0, 0]

@@ -177,7 +177,7 @@ def test_check_images_passes_exactly_what_can_be_mixed(shape, dtype, batch):
         (torch.zeros(0, 1, 32, 32), "at least one image"),
         (np.zeros((2, 32, 32, 3), dtype=np.float32), "channels come first"),
         (torch.zeros(2, 1, 8, 32), "at least 16 pixels"),
-        (np.zeros((2, 1, 32, 32), dtype=np.int32), "uint8 or floating point, got int32"),
+        (np.zeros((2, 1, 32, 32), dtype=np.int32), "uint8, uint16 or floating point, got int32"),
         ([torch.zeros(1, 32, 32), torch.zeros(2, 32, 32)], r"images\[1\] must be \(C, H, W\) with 1 or 3 channels"),
         ([[0]], "tensor or an array, got list"),
     ],
@@ -185,3 +185,19 @@ def test_check_images_passes_exactly_what_can_be_mixed(shape, dtype, batch):
 def test_images_that_do_not_fit_are_named(images, message):
     with pytest.raises(ImageError, match=message):
         check_images(images, batch=True)
+
+
+def test_an_image_of_a_class_that_knows_more_stays_one():
+    class Known(torch.Tensor):
+        """As MONAI's MetaTensor: a clone keeps what it knows."""
+
+        def clone(self):
+            copied = super().clone()
+            copied.meta = self.meta
+            return copied
+
+    image = torch.zeros(1, 32, 32).as_subclass(Known)
+    image.meta = {"spacing": 0.14}
+    layout = layout_of((image, 0))
+    new, _ = layout.put((image, 0), torch.ones(1, 32, 32), 1)
+    assert type(new) is Known and new.meta == image.meta and new.sum() == 1024 and image.sum() == 0

@@ -43,7 +43,7 @@ def test_sizes_count_and_region_hold_for_every_draw_also_in_a_mix():
     assert centres(together)[:, 0].min() >= 0.5
     for a, b in (pair for boxes in some for pair in itertools.combinations(boxes, 2)):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-    wrapped = SyntheticNoduleMix(generator(), RestrictedPrior(count=3), p=1.0).wrap(Images(8))
+    wrapped = SyntheticNoduleMix(generator(), RestrictedPrior(count=3), p=1.0, placement="prior").wrap(Images(8))
     assert [len(wrapped.decision(i).boxes) for i in range(3)] == [3, 3, 3]
     assert (wrapped.decision(1).boxes == pickle.loads(pickle.dumps(wrapped)).decision(1).boxes).all()
 

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -171,3 +173,29 @@ def test_cuda_images_stay_on_cuda_and_equal_the_cpu():
         value_range.check(users)
         plain = value_range.from_symmetric(ramp(2), channels=3, dtype=dtype)
         assert torch.allclose(users.cpu().double(), plain.double(), atol=1e-5 if dtype == torch.float32 else 1)
+
+
+# --- A small part of the range ---
+@pytest.mark.parametrize(
+    ("images", "line"),
+    [
+        (torch.rand(2, 1, 32, 32) * 0.0625, r"images use 6 % of their range \[0, 1\].*value_range=\("),
+        ((torch.rand(2, 1, 32, 32) * 4095).to(torch.uint16), r"range \[0, 65535\].*value_range=\(0, 4095\)"),
+    ],
+)
+def test_images_that_use_little_of_their_range_are_a_warning_with_the_remedy(images, line):
+    value_range = ValueRange.of("auto")
+    with pytest.warns(UserWarning, match=line.replace(" %", "%")):
+        value_range.check(images)
+    assert all(0.05 < share < 0.07 for share in value_range.shares(images))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plain in (torch.rand(1, 1, 32, 32), torch.full((1, 1, 32, 32), 0.5), torch.rand(1, 1, 32, 32) * 0.2):
+            value_range.check(plain)
+            assert value_range.shares(plain) == [1.0]
+
+
+def test_one_narrow_image_in_a_batch_is_a_warning():
+    batch = torch.stack([torch.rand(1, 32, 32), torch.rand(1, 32, 32) * 0.05])
+    with pytest.warns(UserWarning, match="images use 5% of their range"):
+        ValueRange.of("auto").check(batch)

@@ -21,7 +21,7 @@ def weights(tmp_path_factory) -> str:
 def whole(tmp_path_factory) -> Path:
     """Four images with nodules and two without, 48 pixels."""
     folder = tmp_path_factory.mktemp("export") / "whole"
-    assert export(make_mix(seed=5), folder, n=4, normal=2, size=48)["written"] == 6
+    assert export(make_mix(seed=5), folder, n=4, negatives=2, size=48)["written"] == 6
     return folder
 
 

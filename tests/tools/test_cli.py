@@ -42,22 +42,48 @@ def test_demo_trains_draws_repeats_and_moves_no_global_random_state(weights, tmp
         assert "synthetic" in picture.text["carim_aug"].lower()
 
 
-def test_preview_with_and_without_real_images(weights, tmp_path, capsys, phantom_data):
-    (tmp_path / "images" / "more").mkdir(parents=True)
-    Image.new("L", (60, 50), 90).save(tmp_path / "images" / "a.png")
-    Image.new("RGB", (40, 40), "white").save(tmp_path / "images" / "more" / "b.jpg")
-    (tmp_path / "images" / "notes.txt").write_text("no image")
-    out = tmp_path / "sheet.png"
-    for more, said in (
-        ([], "2 rows, no real images"),
-        (["--images", str(tmp_path / "images")], "2 rows, 2 real images"),
-        (["--data", str(phantom_data)], "2 rows, 2 real images"),
+def test_preview_and_export_take_the_same_data_and_options(weights, tmp_path, capsys, phantom_data):
+    for name in ("train/neg/a.png", "train/neg/b.png", "train/neg/c.png", "train/pos/d.png", "val/neg/e.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (60, 50), 90).save(path)
+    folders = ["--data", str(tmp_path / "images"), "--normal", "neg"]
+    more = [
+        "--weights",
+        weights,
+        "--placement",
+        "prior",
+        "--strength",
+        "1",
+        "3",
+        "--gate",
+        "0.001",
+        "--seed",
+        "3",
+        "--n",
+        "2",
+    ]
+    for data, where, said in (
+        ([], "no", ""),
+        (folders, "2", f"Backgrounds: 3 normal images in {tmp_path / 'images'}: train/neg\n"),
+        ([*folders, "--split", "val"], "1", "Backgrounds: 1 normal images"),
+        (["--data", str(phantom_data)], "2", f"Backgrounds: 16 normal images in {phantom_data}: images\n"),
     ):
-        assert main(["preview", "--weights", weights, "--n", "2", "--out", str(out), *more]) == 0
-        assert said in capsys.readouterr().out
+        out = tmp_path / "sheet.png"
+        assert main(["preview", *more, *data, "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(said) and f"2 rows, {where} real images" in printed
         with Image.open(out) as picture:
             about = picture.text["carim_aug"]
-        assert about.startswith("All synthetic but the real backgrounds; " if more else "All synthetic; ")
+        assert about.startswith("All synthetic but the real backgrounds; " if data else "All synthetic; ")
+        assert "seed 3, strength 1 to 3" in about
+    assert main(["export", *more, *folders, "--out", str(tmp_path / "out"), "--negatives", "1"]) == 0
+    printed = capsys.readouterr().out
+    for said in ("Backgrounds: 3 normal images", "1 of real images as they are", "real images: 1 in val/images."):
+        assert said in printed
+    settings = json.loads((tmp_path / "out" / "synthetic.json").read_text())["settings"]
+    wanted = {"placement": "prior", "strength": [1.0, 3.0], "negatives": 1, "seed": 3, "n": 2}
+    assert wanted.items() <= settings.items() and settings["gates"] == ["contrast from 0.001 to inf in 8 tries"]
 
 
 def test_info_has_machine_weights_prior_and_terms_as_json_and_in_words(weights, capsys):
@@ -103,10 +129,16 @@ def test_export_says_what_it_wrote_and_refuses_by_name(weights, tmp_path, phanto
         (["info", "--weights", "/no/such/folder"], "there is no folder /no/such/folder"),
         (["demo", "--batches", "0"], "--batches must be at least 1, got 0"),
         (["preview", "--n", "0"], "--n must be at least 1, got 0"),
-        (["preview", "--data", "a", "--images", "b"], "--data must be given without --images, got a and b"),
-        (["preview", "--images", "{tmp}/none"], "none: no such folder"),
-        (["preview", "--images", "{tmp}"], "no image in this folder"),
-        (["preview", "--data", "{tmp}"], "Data_Entry_2017"),
+        (["preview", "--data", "{tmp}/none"], "none: no such folder"),
+        (["preview", "--data", "{tmp}"], "no image in this folder"),
+        (
+            ["preview", "--strength", "1", "2", "3"],
+            "strength must be a number in (0, 4] or (least, most), got (1.0, 2.0",
+        ),
+        (["preview", "--split", "test", "--data", "{tmp}"], "split must be train or val, got 'test'"),
+        (["preview", "--normal", "a"], "--normal must be names of folders in --data, got a: images without nodules"),
+        (["export", "--out", "{tmp}/out", "--n", "1", "--gate"], "--gate must be given with --data, for grafts"),
+        (["export", "--out", "{tmp}/out", "--normal", "3"], "--data, got 3: images without nodules are --negatives N"),
         (["preview", "--n", "1", "--out", "sheet.jpg"], "path must end with .png, got 'sheet.jpg'"),
         (["preview", "--prior", "{tmp}/none.safetensors"], "none.safetensors"),
         (["fit-prior", "/no/such.csv", "--out", "p.safetensors"], "/no/such.csv: no such file"),
@@ -115,7 +147,7 @@ def test_export_says_what_it_wrote_and_refuses_by_name(weights, tmp_path, phanto
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(words, said, weights, tmp_path, capsys):
-    more = ["--weights", weights] if words[0] == "preview" else []
+    more = ["--weights", weights] if words[0] in ("preview", "export") else []
     assert main([word.format(tmp=tmp_path) for word in words] + more) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("carim-aug: error: ") and said in captured.err

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import torch
 from PIL import Image
 from tiny import generator, global_states_untouched, make_mix, prior
 
-from carim_aug import LocationPrior, RestrictedPrior, SyntheticNoduleMix, WholeImageGenerator
+from carim_aug import GateError, LocationPrior, RestrictedPrior, SyntheticNoduleMix, WholeImageGenerator, contrast_gate
 from carim_aug.data import ChestXray14
 from carim_aug.data.provenance import MARKER
 from carim_aug.tools.export import COMPLETE, ExportError, export
 from carim_aug.tools.export_backgrounds import find_backgrounds
 
-WHOLE = {"n": 4, "normal": 2, "size": 48}  # what the fixture `whole` is made with
+WHOLE = {"n": 4, "negatives": 2, "size": 48}  # what the fixture `whole` is made with
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -86,6 +87,82 @@ def test_some_backgrounds_are_drawn_by_the_seed_and_resized(tmp_path, phantom_da
     assert chosen[0] != chosen[1]
 
 
+def test_negatives_are_other_backgrounds_as_they_are(tmp_path, phantom_data, rows):
+    real = {Path(path).name: path for path in ChestXray14(phantom_data, split="train").paths}
+    counts = export(make_mix(seed=5), tmp_path / "out", backgrounds=phantom_data, n=5, negatives=4)
+    assert counts["images"] == 9 and counts["real"] == 4 and counts["written"] == 9 + counts["val"]
+    found = rows(tmp_path / "out")
+    assert len({row["background"] for row in found}) == 9
+    assert [row["synthetic"] for row in found] == ["1"] * 5 + ["0"] * 4
+    coco = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert [image["synthetic"] for image in coco["images"]] == [True] * 5 + [False] * 4
+    assert ChestXray14(tmp_path / "out", target="nodule").targets == [1] * 5 + [0] * 4
+    for row in found[5:]:
+        path = tmp_path / "out" / "images" / row["Image Index"]
+        assert (row["class"], row["insertion"], row["boxes"]) == ("No Finding", "none", "[]")
+        assert (tmp_path / "out" / "labels" / f"{path.stem}.txt").read_text() == ""
+        with Image.open(path) as picture, Image.open(real[row["background"]]) as old:
+            assert picture.tobytes() == old.tobytes() and picture.text["synthetic"] == "0"
+    export(make_mix(seed=5), tmp_path / "all", backgrounds=phantom_data, negatives=4)
+    assert len(rows(tmp_path / "all")) == 16
+
+
+def test_placement_strength_and_gate_are_those_of_the_mix(tmp_path, phantom_data, rows):
+    options = {"placement": "prior", "strength": (1.0, 4.0), "gate": contrast_gate(0.16, tries=2)}
+    counts = export(make_mix(seed=5, **options), tmp_path / "out", backgrounds=phantom_data)
+    found = find_backgrounds(phantom_data, "train")
+    wrapped = make_mix(seed=5, p=1.0, **options).wrap([(background.read(), 0) for background in found])
+    assert 0 < counts["real"] < 16  # no nodule passed in these: they are negatives
+    for i, row in enumerate(rows(tmp_path / "out")):
+        pixels, label = wrapped[i]
+        with Image.open(tmp_path / "out" / "images" / row["Image Index"]) as picture:
+            np.testing.assert_allclose(np.array(picture), pixels[0] * 255, atol=0.501)
+        assert (int(row["synthetic"]), row["class"]) == (label, ("No Finding", "Nodule")[label])
+    before = content(tmp_path / "out")
+    same = {**options, "gate": contrast_gate(0.16, tries=2)}
+    assert export(make_mix(seed=5, **same), tmp_path / "out", backgrounds=phantom_data)["written"] == 0
+    assert content(tmp_path / "out") == before
+    for change, said in (
+        ({"strength": 2.0}, "strength"),
+        ({"gate": contrast_gate(0.2)}, "gates .*contrast from 0.16 to inf in 2 tries"),
+        ({"placement": "lungs"}, "placement 'prior' there and 'lungs' now"),
+    ):
+        with pytest.raises(ExportError, match=f"same settings, got {said}"):
+            export(make_mix(seed=5, **{**options, **change}), tmp_path / "out", backgrounds=phantom_data)
+
+
+def test_a_gate_that_accepts_nothing_is_named_and_functions_are_settings_by_name(tmp_path, phantom_data):
+    for tries, error, said in (
+        (8, ExportError, "gate must accept a nodule .*, got none in 16: lower"),
+        (32, GateError, "gate accepted none of 256"),
+    ):
+        with pytest.raises(error, match=said):
+            export(make_mix(gate=contrast_gate(9.0, tries=tries)), tmp_path / str(tries), backgrounds=phantom_data)
+    everywhere = partial(torch.ones_like)
+    export(make_mix(placement=everywhere), tmp_path / "out", backgrounds=phantom_data, n=1)
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["settings"]["placement"] == "partial"
+
+
+def test_images_to_validate_on_are_not_trained_on(tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(np.full((40, 40), 90 + i, np.uint8)).save(tmp_path / "data" / "images" / f"{i // 2:03}_{i}.png")
+        (tmp_path / "data" / "labels" / f"{i // 2:03}_{i}.txt").write_text("")
+    options, patients = {"backgrounds": tmp_path / "data" / "images"}, []
+    for seed in (0, 1):  # the same patients are held out
+        counts = export(make_mix(seed=seed), out := tmp_path / str(seed), **options)
+        assert (counts["images"], counts["val"]) == (18, 1)
+        own = [{path.name[:3] for path in (out / folder).iterdir()} for folder in ("images", "val/images")]
+        assert not own[0] & own[1] and len(own[0]) == 9
+        patients.append(own[1])
+    assert patients[0] == patients[1]
+    with pytest.raises(ValueError, match=r"backgrounds \(18 besides 2 held out for validation, unless val is given\)"):
+        export(make_mix(), tmp_path / "out", n=19, **options)
+    with pytest.raises(ValueError, match="val must hold images that are not trained on, got .*, which is "):
+        export(make_mix(), tmp_path / "out", val=tmp_path / "data", **options)
+
+
 def test_sixteen_bits_are_the_same_image_finer(tmp_path, whole, grafts, phantom_data):
     for name, coarse, options in (("whole", whole, WHOLE), ("grafts", grafts, {"backgrounds": phantom_data})):
         export(make_mix(seed=5), tmp_path / name, bits=16, **options)
@@ -142,7 +219,7 @@ def export_and_die(mix, folder: Path, moment: int, options) -> bool:
 
 @pytest.mark.train
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path):
-    mix, options = make_mix(seed=5), {"n": 3, "normal": 1}
+    mix, options = make_mix(seed=5), {"n": 3, "negatives": 1}
     export(mix, tmp_path / "wanted", **options)
     wanted, moment = content(tmp_path / "wanted"), 0
     while export_and_die(mix, folder := tmp_path / str(moment), moment, options):
@@ -178,7 +255,13 @@ def test_a_damaged_or_missing_image_is_made_again(copied, whole, damage):
 def test_a_finished_export_is_left_alone_and_a_deleted_table_written_again(copied, whole):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     nodules = sum(len(make_mix(seed=5).regenerate((5, 0, i))[2]) for i in range(4))
-    assert export(make_mix(seed=5), copied, **WHOLE) == {"images": 6, "nodules": nodules, "written": 0}
+    assert export(make_mix(seed=5), copied, **WHOLE) == {
+        "images": 6,
+        "real": 0,
+        "nodules": nodules,
+        "val": 0,
+        "written": 0,
+    }
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
     sorted((copied / "labels").iterdir())[1].unlink()
     assert export(make_mix(seed=5), copied, **WHOLE)["written"] == 0
@@ -246,11 +329,12 @@ class ClassesAlone:
 
 def test_sources_without_the_method_that_is_needed_are_refused(tmp_path, phantom_data, residuals_alone):
     grafts = SyntheticNoduleMix(residuals_alone, prior())
-    assert export(grafts, tmp_path / "grafts", backgrounds=phantom_data, n=1)["written"] == 1
+    assert export(grafts, tmp_path / "grafts", backgrounds=phantom_data, n=1, split="val")["written"] == 1
     classes = SyntheticNoduleMix(ClassesAlone(), prior(), insertion="whole")
     for mix, options, words in (
         (grafts, {"n": 1}, "generator must have a method images .* got a ResidualsAlone"),
         (classes, {"n": 1}, "puts nodules where masks are, .* got a ClassesAlone"),
+        (make_mix(gate=contrast_gate()), {"n": 1}, "mix must have no gate for whole images, got one"),
         (classes, {"backgrounds": phantom_data}, "generator must have a method residuals .* got a ClassesAlone"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -266,11 +350,18 @@ def test_sources_without_the_method_that_is_needed_are_refused(tmp_path, phantom
         ({"n": 1, "bits": 12}, "bits must be 8 or 16, got 12"),
         ({"n": 1, "size": 0}, "size must be an integer of at least 16 and below 10**9, got 0"),
         ({"n": -1}, "n must be an integer of at least 0 and below 10**9, got -1"),
-        ({"n": 1, "normal": None}, "normal must be an integer of at least 0 and below 10**9, got None"),
-        ({}, "n and normal must be at least 1 together, got n=None and normal=0"),
-        ({"backgrounds": "{data}", "n": 0}, "n and normal must be at least 1 together, got n=0"),
-        ({"backgrounds": "{data}", "normal": 1}, "normal must be 0 with backgrounds"),
-        ({"backgrounds": "{data}", "n": 17}, "n must be at most the number of backgrounds (16), got 17"),
+        ({"n": 1, "negatives": None}, "negatives must be an integer of at least 0 and below 10**9, got None"),
+        ({}, "n and negatives must be at least 1 together, got n=None and negatives=0"),
+        ({"n": 1, "normal": 2}, "normal must be names of folders, got 2: the number of images without nodules is neg"),
+        ({"n": 1, "normal": ["a"]}, "normal must be left out without backgrounds, got ['a']"),
+        ({"n": 1, "split": "val", "val": "x"}, "val must be left out with split 'val', got x"),
+        (
+            {"backgrounds": "{data}", "n": 0},
+            "n must be at least 1, and with negatives at most the number of backgrounds",
+        ),
+        ({"backgrounds": "{data}", "n": 9, "negatives": 8}, "backgrounds (16), got n=9 and negatives=8"),
+        ({"backgrounds": "{data}", "negatives": 16}, "backgrounds (16), got n=0 and negatives=16"),
+        ({"backgrounds": "{data}", "normal": ["a"]}, "normal must not be given where a table says what is normal"),
         ({"n": 1, "processes": "2"}, "WORLD_SIZE must be 1 for an export, got 2: run it without torchrun"),
     ],
 )

@@ -79,7 +79,11 @@ def test_the_mix_follows_its_schedule_by_epoch_in_wrap_loader_and_class_counts()
         mix.set_epoch(epoch)
         counted = loader.class_counts()["Nodule"]["synthetic"]
         counts.append(sum(int(labels.sum()) for _, labels in loader))
-        assert counts[-1] == counted == sum(wrapped.planned.decision(i, True).synthetic for i in range(64))
+        assert (
+            counts[-1]
+            == counted
+            == sum(wrapped.planned.decide((mix.seed, epoch, i), True).synthetic for i in range(64))
+        )
     assert counts[0] == 0 and counts[2] == 64 and 16 < counts[1] < 48
 
 

@@ -61,7 +61,7 @@ TWO = decision([0.1, 0.1, 0.3, 0.3], [0.6, 0.6, 0.9, 0.9]), decision([0.2, 0.5, 
 
 
 def test_each_box_has_its_own_mask_region_seed_and_residual():
-    source, images = Bright(), torch.rand(2, 1, 64, 48, generator=torch.Generator().manual_seed(0)) * 0.1
+    source, images = Bright(), torch.rand(2, 1, 64, 48, generator=torch.Generator().manual_seed(0)) * 0.2
     mixed, _ = applier(source).pixels(images, Placed(TWO, {}))
     assert source.asked["seeds"] == [17, fold(17, 1), 18]
     boxes = torch.cat([one.boxes_at(32, 32) for one in TWO])
@@ -158,7 +158,7 @@ def test_a_bad_device_is_named(device):
 @pytest.mark.parametrize("source", [generator, Bright])
 @pytest.mark.parametrize("device", ["meta", "cuda:99"])
 def test_a_device_that_this_machine_lacks_is_named_at_its_first_use(device, source):
-    mix = SyntheticNoduleMix(source(), prior(), p=1.0, device=device)
+    mix = SyntheticNoduleMix(source(), prior(), p=1.0, placement="prior", device=device)
     for call in (lambda: mix(*batch()), lambda: mix.wrap(Images(4))[0], lambda: list(mix.loader(Images(4)))):
         with pytest.raises(ValueError, match=f"device must be one that this machine has, got '{device}': "):
             call()
@@ -169,9 +169,24 @@ def test_a_device_that_this_machine_lacks_is_named_at_its_first_use(device, sour
 
 @pytest.mark.parametrize("source", [generator, Bright])
 def test_cuda_in_a_worker_is_refused_with_what_to_do_instead(source, monkeypatch):
-    mix = SyntheticNoduleMix(source(), prior(), p=1.0, device="cuda")
+    mix = SyntheticNoduleMix(source(), prior(), p=1.0, placement="prior", device="cuda")
     mix._applier._checked.add(torch.device("cuda"))  # as a fork of a process that has used it
     for place in ("carim_aug.generators.base", "carim_aug.transforms.apply"):
         monkeypatch.setattr(f"{place}.get_worker_info", object)
     with pytest.raises(WorkerDeviceError, match="got 'cuda': use mix.loader"):
         mix.wrap(Images(4))[0]
+
+
+@pytest.mark.filterwarnings("ignore:images use")
+def test_a_graft_is_as_faint_as_its_image_and_uint16_is_taken():
+    images = torch.rand(4, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.5
+    labels, options = torch.zeros(4, dtype=torch.int64), {"p": 1.0, "placement": "prior"}
+    mix, dark = make_mix(**options), make_mix(**options)
+    usual = mix(images, labels)[0] - images
+    faint = dark(images * 0.0625, labels)[0] - images * 0.0625
+    inside = (images + usual > 0) & (images * 0.0625 + faint > 0)  # else clamped
+    assert torch.allclose(faint[inside], usual[inside] * 0.5 * 0.0625, atol=1e-4)
+    assert torch.allclose(dark.last_params.contrasts, mix.last_params.contrasts * 0.5 * 0.0625, rtol=0.01)
+    deep = (images * 65535).to(torch.uint16)
+    mixed = make_mix(**options)(deep, labels)[0]
+    assert mixed.dtype == torch.uint16 and torch.allclose(mixed.float() / 65535 - images, usual, atol=1e-3)

@@ -16,8 +16,8 @@ from torchvision import tv_tensors
 
 from carim_aug import ImageError, LabelError, LabelPolicy, LayoutError, LocationPrior, RangeError, SyntheticNoduleMix
 from carim_aug.data import DataError, FolderPerClass
-from carim_aug.labels.policy import NORMAL_WORDS
 from carim_aug.ops.boxes import check_boxes
+from carim_aug.ops.findings import NORMAL_WORDS
 from carim_aug.ops.value_range import ValueRange
 
 OURS = (ImageError, LabelError, LayoutError, RangeError)
@@ -78,8 +78,10 @@ CASES = {
     "nan": bad(RangeError, "images must be finite", spoil(IMAGES, one_of(math.nan, math.inf, -math.inf))),
     "imagenet": bad(RangeError, "pass one mean and one std", value_range="imagenet"),
     "entry": bad(LabelError, "labels must be from 0 to 1", labels=spoil(LABELS, ENTRIES)),
-    "row": bad(LabelError, "0 to 1, or NaN", labels=spoil(torch.zeros(3, 14), one_of(-1.0, 1.5, 3.0, math.inf))),
-    "columns": bad(LabelError, "labels must", labels=one_of(2, 3, 5, 13, 15, 17, 40).map(lambda n: torch.zeros(3, n))),
+    "row": bad(LabelError, "0 to 1, or NaN", labels=spoil(torch.zeros(3, 1), one_of(-1.0, 1.5, 3.0, math.inf))),
+    "columns": bad(
+        LabelError, "labels must", labels=one_of(2, 3, 5, 13, 14, 15, 17, 18, 40).map(lambda n: torch.zeros(3, n))
+    ),
     "axes": bad((LabelError, LayoutError), "label", labels=one_of((3, 2, 2), (3, 1, 14, 1)).map(torch.zeros)),
     "count": bad(
         ValueError, "as many as images .3., got", labels=one_of(1, 2, 4, 9).map(lambda n: torch.zeros(n).long())

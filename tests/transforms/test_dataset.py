@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Images, Records, Samples, generator, make_mix
+from tiny import Images, Records, Samples, generator, make_mix, named
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 from torchvision import tv_tensors
 
@@ -42,7 +42,9 @@ STRUCTURES = {
 def test_an_item_keeps_its_structure_types_and_extra_fields(structure, insertion):
     data = [STRUCTURES[structure](i) for i in range(4)]
     before = [STRUCTURES[structure](i) for i in range(4)]
-    for real, mixed, copied in zip(data, make_mix(p=1.0, insertion=insertion).wrap(data), before, strict=True):
+    labels = named({"one-hot": 2, "multi-label": 14}.get(structure))
+    wrapped = make_mix(p=1.0, insertion=insertion, labels=labels).wrap(data)
+    for real, mixed, copied in zip(data, wrapped, before, strict=True):
         assert type(mixed) is type(real) and len(mixed) == len(real)
         keys = list(real) if isinstance(real, dict) else range(len(real))
         for k, key in enumerate(keys):
@@ -101,7 +103,8 @@ def test_only_the_larger_class_is_replaced_or_what_eligible_allows():
 
     rows = torch.zeros(4, 14)  # normal, another finding, unknown, a nodule
     rows[1, 2], rows[2, 5], rows[3, 5] = 1, torch.nan, 1
-    assert synthetic(make_mix(p=1.0).wrap([(image(i), row) for i, row in enumerate(rows)])) == [True] + [False] * 3
+    data = [(image(i), row) for i, row in enumerate(rows)]
+    assert synthetic(make_mix(p=1.0, labels=named(14)).wrap(data)) == [True] + [False] * 3
 
 
 def test_a_real_item_is_the_users_own_object_and_needs_no_generator(monkeypatch):
@@ -232,7 +235,7 @@ def test_class_names_of_the_data_set_are_followed_unless_the_labels_may_not():
         assert all(len(boxes) >= 1 for boxes, made in zip(params.boxes, params.synthetic, strict=True) if made)
         assert loader.class_counts()["nodule"] == {"real": n // 4, "synthetic": n * 3 // 4, "total": n}
     other, policy = Images(12, classes=["normal", "nodule"]), LabelPolicy(classes=("normal", "nodule"))
-    with pytest.raises(LabelError, match="one list of classes in all parts"):
+    with pytest.raises(LabelError, match="one list of classes in all data sets inside"):
         make_mix().wrap(ConcatDataset([data, other]))
     data.targets = other.targets
     with pytest.raises(LabelError, match="pass labels=LabelPolicy"):
@@ -252,7 +255,9 @@ def test_fourteen_columns_of_torchxrayvision_are_not_taken_for_the_official_orde
     options, names, data = {"p": 1.0, "value_range": "xrv"}, sorted(FINDINGS), Samples(sample, 8)
     batch = default_collate([sample(i) for i in range(8)])
     for call in (make_mix(**options).wrap, lambda data: make_mix(**options)(batch)):
-        with pytest.raises(LabelError, match=r"labels must have named columns .*classes=dataset.pathologies"):
+        with pytest.raises(
+            LabelError, match=r"columns whose names are known .*dataset.pathologies in torchxrayvision's"
+        ):
             call(data)
     named = make_mix(**options, labels=LabelPolicy("multilabel", classes=names))
     assert named(batch)["lab"][:, 10].tolist() == [1] * 8

@@ -78,7 +78,7 @@ def exported(tmp_path_factory):
     from carim_aug.tools.export import export
 
     folder = tmp_path_factory.mktemp("export") / "out"
-    export(make_mix(insertion="whole"), folder, n=1, normal=1)
+    export(make_mix(insertion="whole"), folder, n=1, negatives=1)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_exported_folders_are_not_real_and_an_unfinished_one_neither(exported, p
         ChestXray14(exported),
         DataLoader(Subset(ChestXray14(exported), [0])),
         FolderPerClass(exported, classes=["images"]),
-        BoxCSV("/", tmp_path / "boxes.csv"),
+        BoxCSV("/", tmp_path / "boxes.csv", classes=["Nodule"], only_listed=True),
         cut,
     ):
         with pytest.raises(SyntheticDataError, match="exported synthetic images of .* at "):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Images, batch, generator, make_mix, prior
+from tiny import Images, batch, generator, make_mix, named, prior
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from torchvision import tv_tensors
@@ -49,7 +49,8 @@ def structures():
 @pytest.mark.parametrize("name", structures())
 def test_the_output_has_the_structure_of_the_input(name):
     inputs = structures()[name]
-    out = make_mix(p=1.0, value_range="xrv" if name == "torchxrayvision" else "auto")(*inputs)
+    xrv = {"value_range": "xrv", "labels": named(18)} if name == "torchxrayvision" else {}
+    out = make_mix(p=1.0, **xrv)(*inputs)
     sample = inputs if len(inputs) > 1 else inputs[0]
     assert type(out) is type(sample) and len(out) == len(sample)
     for key in sample if isinstance(sample, dict) else range(len(sample)):
@@ -108,7 +109,8 @@ def test_any_good_batch_comes_back_in_its_own_form(n, size, channels, dtype, spe
     value_range, (make, column) = ValueRange.of(spec), LABELS[kind]
     images, labels = value_range.from_symmetric(plain, channels=channels, dtype=dtype), make(n)
     before = images.clone()
-    mix = make_mix(p=p, insertion=insertion, value_range=spec, seed=seed)
+    names = named(labels.shape[1] if labels.ndim == 2 and labels.shape[1] > 1 else None)
+    mix = make_mix(p=p, insertion=insertion, value_range=spec, seed=seed, labels=names)
     mixed, marked = mix(images, labels)
 
     assert torch.equal(images, before) and np.array_equal(labels, make(n), equal_nan=kind == "18 with NaN")
@@ -219,6 +221,6 @@ def test_ranks_of_a_process_group_and_workers_draw_their_own(monkeypatch):
 
 def test_saved_parts_are_put_together(tmp_path):
     make_mix().save_pretrained(tmp_path)
-    mix = SyntheticNoduleMix.from_pretrained(tmp_path, p=1.0, seed=4)
+    mix = SyntheticNoduleMix.from_pretrained(tmp_path, p=1.0, seed=4, placement="prior")
     assert mix.generator.weights_hash == generator().weights_hash
     assert all(torch.equal(a, b) for a, b in zip(mix(*batch()), make_mix(p=1.0, seed=4)(*batch()), strict=True))

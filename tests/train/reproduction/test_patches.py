@@ -75,7 +75,7 @@ def test_places_have_the_priors_sizes_and_lie_in_the_lung_field(name):
 
 def test_net_learns_blobs():
     rng = torch.Generator().manual_seed(0)
-    images = torch.rand(120, 1, SIZE, SIZE, generator=rng) * 0.2 - 0.1
+    images = torch.rand(120, 1, SIZE, SIZE, generator=rng) * 0.25 - 0.125
     boxes = (torch.rand(120, 2, generator=rng) * 180 + 30).repeat(1, 2) + torch.tensor([0.0, 0, 16, 16])
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     with_blob = patches_at(put_nodules(DrawnNodules(), images, boxes, list(range(120))), centres)
